@@ -1,0 +1,170 @@
+"""The checkpoints of a run: `step_N/` folders that are whole or not there, the best few and always the latest."""
+
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nemo_rl.atomic import atomic_folder, recover_folders
+from nemo_rl.config.schema.logging import CheckpointingConfig
+from nemo_rl.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+_INFO, _LOADER, _POLICY = "training_info.json", "train_dataloader.pt", "policy"
+
+
+class Stateful(Protocol):
+    """Saves itself to a folder and restores itself from one."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+class LoaderState(Protocol):
+    """Knows its place in the data."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingInfo:
+    """What a checkpoint says about itself in `training_info.json`.
+
+    Attributes:
+        step: steps done.
+        metrics: the latest figures by `train/NAME` and `val/NAME`; one of them ranks the checkpoint.
+        accuracies: held-out accuracies measured before the first step, so that a resumed run need not measure again.
+    """
+
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """Reads and writes the checkpoints in the run's folder."""
+
+    def __init__(self, config: CheckpointingConfig, config_yaml: str) -> None:
+        self._config = config
+        self._config_yaml = config_yaml
+        self.folder = Path(config.checkpoint_dir).expanduser().absolute()
+
+    def open_folder(self) -> None:
+        """Make the run's folder and put back what a kill left half done.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".writable"
+            probe.touch()
+            probe.unlink()
+            recover_folders(self.folder, "step_*")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to the run folder {self.folder} ({error.strerror}); "
+                "set checkpointing.checkpoint_dir to another"
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step_{step}"
+
+    def info(self, step: int) -> TrainingInfo:
+        """Read what the checkpoint of a step says about itself.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        path = self.path(step) / _INFO
+        try:
+            return TrainingInfo(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is missing or damaged ({error}); delete {path.parent} to resume earlier"
+            ) from error
+
+    def resume(self, policy: Stateful, loader: LoaderState) -> TrainingInfo:
+        """Restore policy and data position from the latest checkpoint; without one, nothing happens and the step is 0.
+
+        Raises:
+            CheckpointError: it is damaged or of another model or data set, or `resume` is `never` and there is one.
+        """
+        steps = self.steps()
+        if not steps:
+            return TrainingInfo(0)
+        if self._config.resume == "never":
+            raise CheckpointError(
+                f"{self.folder} already holds a run at step {steps[-1]} and checkpointing.resume is never; "
+                "choose another checkpointing.checkpoint_dir or set resume to auto"
+            )
+        folder = self.path(steps[-1])
+        info = self.info(steps[-1])
+        policy.load(folder / _POLICY)
+        try:
+            state = torch.load(folder / _LOADER, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder / _LOADER} is missing or damaged ({error}); delete {folder} to resume earlier"
+            ) from error
+        loader.load_state_dict(state)
+        return info
+
+    def save(self, info: TrainingInfo, policy: Stateful, loader: LoaderState) -> Path:
+        """Write the checkpoint of a step, whole or not at all, then remove what need not be kept.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier checkpoints are untouched.
+        """
+        folder = self.path(info.step)
+        try:
+            with atomic_folder(folder) as work:
+                record = {"step": info.step, "metrics": _finite(info.metrics), "accuracies": dict(info.accuracies)}
+                (work / _INFO).write_text(json.dumps(record, indent=2))
+                (work / "config.yaml").write_text(self._config_yaml)
+                torch.save(loader.state_dict(), work / _LOADER)
+                policy.save(work / _POLICY)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the checkpoint {folder} ({error}); free space or choose another folder"
+            ) from error
+        self._prune()
+        return folder
+
+    def _prune(self) -> None:
+        """Keep the latest checkpoint and the best `keep_top_k`; without the ranking metric a checkpoint ranks last."""
+        steps = self.steps()
+        if self._config.keep_top_k is None or len(steps) <= self._config.keep_top_k:
+            return
+        ranked = sorted(steps, key=lambda step: (self._rank(step), step), reverse=True)
+        for step in set(ranked[self._config.keep_top_k :]) - {steps[-1]}:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            _log.debug("removed checkpoint %d", step)
+
+    def _rank(self, step: int) -> float:
+        name = (self._config.metric_name or "").replace(":", "/", 1)
+        try:
+            value = self.info(step).metrics.get(name)
+        except CheckpointError:
+            return -math.inf
+        if value is None or math.isnan(value):
+            return -math.inf
+        return value if self._config.higher_is_better else -value
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,0 +1,230 @@
+"""From a validated configuration to a finished run: build the parts, resume, train, measure, export, sum up."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from nemo_rl.algorithms.checkpoints import Checkpoints
+from nemo_rl.algorithms.grpo import train_grpo
+from nemo_rl.algorithms.outcome import Outcome, finish
+from nemo_rl.algorithms.run import Run
+from nemo_rl.algorithms.sampling import RolloutSource
+from nemo_rl.config.load import LoadedConfig, dump_config
+from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.data import ArithmeticDataConfig
+from nemo_rl.data.chat import PromptFormat
+from nemo_rl.data.datasets.arithmetic import best_prompts
+from nemo_rl.data.datasets.registry import build_dataset
+from nemo_rl.data.loader import TaskLoader, one_pass
+from nemo_rl.data.processors import TaskProcessor
+from nemo_rl.data.types import SamplingParams, Task, TaskDataset
+from nemo_rl.distributed.cache import cache_dir
+from nemo_rl.distributed.executor import make_executor
+from nemo_rl.environments.registry import build_environments
+from nemo_rl.errors import ConfigError, DataError
+from nemo_rl.interfaces import Environment, Executor, Resources
+from nemo_rl.models.load import load_tokenizer, resolve_model
+from nemo_rl.observe.atomic import write_text_atomically
+from nemo_rl.observe.console import Console
+from nemo_rl.observe.logger import RolloutWriter, RunLogger
+from nemo_rl.observe.sinks import build_sinks
+from nemo_rl.observe.summary import PhaseTimer
+from nemo_rl.workers.handles import ColocatedGenerator, Policy
+from nemo_rl.workers.policy import PolicyWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """The data of a run, ready for the sampler; `base_test` are the test problems in every candidate prompt."""
+
+    loader: TaskLoader
+    validation: tuple[Task, ...]
+    test: tuple[Task, ...]
+    base_test: Mapping[str, tuple[Task, ...]]
+
+
+def launch_grpo(loaded: LoadedConfig[GRPOConfig]) -> Outcome:
+    """Run GRPO from start, or from the latest checkpoint, to its end.
+
+    Raises:
+        NemoRLError: something the user can correct, or a failure during the run; checkpoints stay intact.
+    """
+    config = loaded.config
+    timer = PhaseTimer()
+    checkpoints = Checkpoints(config.checkpointing, dump_config(config))
+    checkpoints.open_folder()
+    done = max(checkpoints.steps(), default=0)
+    console = Console(
+        total_steps=config.grpo.max_num_steps, first_step=done, sample_period=config.logger.print_sample_period
+    )
+    with ExitStack() as stack:
+        stack.enter_context(console)
+        stack.enter_context(_logging_through(console))
+        with timer.phase("load"), console.phase("load"):
+            source = resolve_model(config.policy.model_name, cache_dir())
+            tokenizer = load_tokenizer(config.policy.tokenizer.name or source, config.policy.tokenizer.chat_template)
+            problems = load_problems(config, tokenizer)
+            environments = build_environments(config.env)
+            runner = stack.enter_context(asyncio.Runner())
+            stack.callback(_close_all, runner, environments)
+            executor = stack.enter_context(_executor(config))
+            worker = executor.start(
+                PolicyWorker,
+                config.policy,
+                source,
+                with_reference=config.loss_fn.reference_policy_kl_penalty > 0,
+                resources=Resources(num_gpus=float(config.cluster.gpus_per_node > 0)),
+            )
+            policy = Policy(worker)
+            info = checkpoints.resume(policy, problems.loader)
+            policy.publish(info.step)
+        write_text_atomically(checkpoints.folder / "config.yaml", dump_config(config))
+        rollouts = RolloutSource(
+            generator=ColocatedGenerator(worker),
+            environments=environments,
+            decode=_decoder(tokenizer),
+            sampling=sampling_params(config, tokenizer),
+            group_size=config.grpo.num_generations_per_prompt,
+            seed=config.grpo.seed,
+            max_failed_share=config.grpo.max_failed_group_share,
+            deadline_seconds=config.grpo.max_rollout_seconds,
+            validation=problems.validation,
+            runner=runner,
+        )
+        sinks = build_sinks(
+            config.logger,
+            checkpoints.folder,
+            first_step=info.step + 1 if info.step else 0,
+            resolved=config.model_dump(mode="json"),
+        )
+        logger = RunLogger(sinks, RolloutWriter(checkpoints.folder / "rollouts"))
+        run = Run(config, checkpoints=checkpoints, logger=logger, console=console, timer=timer, info=info)
+        with run:
+            if info.step == 0:
+                measure_before(config, run, rollouts, problems)
+            train_grpo(config, run, policy, rollouts, problems.loader)
+            return finish(config, run, policy, rollouts, problems.test, timer, first_step=info.step)
+
+
+def measure_before(config: GRPOConfig, run: Run, source: RolloutSource, problems: Problems) -> None:
+    """Measure what the base model can do, so that the run can be compared with it; resumed runs remember it."""
+    accuracies: dict[str, float] = {}
+    with run.phase("evaluate"):
+        if problems.test:
+            accuracies["test"] = accuracy(source, problems.test)
+        for name, tasks in problems.base_test.items():
+            accuracies[f"base/{name}"] = accuracy(source, tasks)
+    run.info = replace(run.info, accuracies=accuracies)
+    for name, value in accuracies.items():
+        run.log_outcome(f"before/{name}", value)
+    if accuracies:
+        found = ", ".join(f"{name.removeprefix('base/')} {value:.3f}" for name, value in accuracies.items())
+        run.console.note(f"greedy accuracy before training, by prompt: {found}")
+    if config.grpo.val_at_start:
+        run.validate(0, source.validate)
+
+
+def accuracy(source: RolloutSource, tasks: Iterable[Task]) -> float:
+    """Greedy accuracy, or the mean reward where the environment does not tell right from wrong."""
+    metrics, _ = source.validate(tasks)
+    return metrics.get("accuracy", metrics["reward"]).value
+
+
+def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
+    """Build the data sets and apply the chat template to what is small enough to be checked now.
+
+    Raises:
+        DataError: data are missing or malformed, a set is empty, or a prompt is too long.
+    """
+    data = config.data
+    processor = TaskProcessor(tokenizer, _prompt_format(config), config.max_prompt_tokens, data.too_long)
+    test = None if data.test is None else build_dataset(data.test, "test")
+    validation = None if data.validation is None else build_dataset(data.validation, "validation")
+    train = build_dataset(data.train, "train", held_out=test)
+    loader = TaskLoader(
+        train,
+        config.grpo.num_prompts_per_step,
+        processor,
+        shuffle=data.shuffle,
+        seed=config.grpo.seed,
+        num_workers=data.num_workers,
+    )
+
+    def tasks(dataset: TaskDataset | None, process: TaskProcessor, limit: int | None = None) -> tuple[Task, ...]:
+        batches = () if dataset is None else one_pass(dataset, 256, process)
+        return tuple(task for batch in batches for task in batch)[:limit]
+
+    base: dict[str, tuple[Task, ...]] = {}
+    if config.grpo.report_base_model and test is not None and isinstance(data.test, ArithmeticDataConfig):
+        for name, prompt_format in best_prompts().items():
+            base[name] = tasks(test, replace(processor, prompt_format=prompt_format, max_input_length=None))
+    return Problems(loader, tasks(validation, processor, config.grpo.max_val_samples), tasks(test, processor), base)
+
+
+def _prompt_format(config: GRPOConfig) -> PromptFormat:
+    def text(path: str | None, key: str) -> str | None:
+        if path is None:
+            return None
+        try:
+            return Path(path).expanduser().read_text()
+        except OSError as error:
+            raise DataError(f"cannot read data.{key} = {path}: {error.strerror}") from error
+
+    prompt = config.data.prompt or text(config.data.prompt_file, "prompt_file") or "{}"
+    return PromptFormat(prompt=prompt, system_prompt=text(config.data.system_prompt_file, "system_prompt_file"))
+
+
+def sampling_params(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """Everything about sampling, explicitly: the end token of the tokenizer and the stops of the configuration."""
+    generation = config.policy.generation
+    return SamplingParams(
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k or 0,
+        min_p=generation.min_p,
+        stop_token_ids=(cast(int, tokenizer.eos_token_id), *(generation.stop_token_ids or ())),
+        stop_strings=tuple(generation.stop_strings or ()),
+    )
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Tensor], str]:
+    return lambda token_ids: cast(str, tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def _executor(config: GRPOConfig) -> Executor:
+    """Make the executor, after refusing what this build cannot run, before anything is loaded."""
+    if config.policy.device == "cuda" and not torch.cuda.is_available() and config.cluster.executor == "local":
+        raise ConfigError("policy.device is cuda and torch finds no GPU here; set it to auto or cpu")
+    return make_executor(config.cluster.executor, startup_timeout_seconds=config.cluster.startup_timeout_seconds)
+
+
+def _close_all(runner: asyncio.Runner, environments: Mapping[str, Environment]) -> None:
+    async def close() -> None:
+        await asyncio.gather(*(environment.close() for environment in environments.values()))
+
+    runner.run(close())
+
+
+@contextmanager
+def _logging_through(console: Console) -> Generator[None]:
+    """Show log records above the bar; Transformers' own bars would tear it."""
+    transformers_logging.disable_progress_bar()
+    root, handler = logging.getLogger(), console.handler()
+    package, level = logging.getLogger("nemo_rl"), logging.getLogger("nemo_rl").level
+    package.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        package.setLevel(level)

@@ -1,0 +1,103 @@
+"""The end of a run: the accuracy it reached, the exported model, the summary, and what to do next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_rl.algorithms.run import Run
+from nemo_rl.algorithms.sampling import RolloutSource
+from nemo_rl.atomic import atomic_folder
+from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.data.types import Task
+from nemo_rl.observe.summary import (
+    PhaseTimer,
+    Summary,
+    peak_device_memory_bytes,
+    peak_memory_bytes,
+    phase_line,
+    write_summary,
+)
+from nemo_rl.workers.handles import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a run ended.
+
+    Attributes:
+        folder: of the run.
+        step: steps done.
+        finished: false if it was interrupted or ran out of time, so that it can be continued.
+        accuracy_after: greedy accuracy on the test problems, None when not measured.
+    """
+
+    folder: Path
+    step: int
+    finished: bool
+    accuracy_after: float | None
+
+
+def finish(
+    config: GRPOConfig,
+    run: Run,
+    policy: Policy,
+    source: RolloutSource,
+    test: Sequence[Task],
+    timer: PhaseTimer,
+    *,
+    first_step: int,
+) -> Outcome:
+    """Measure, export, write `summary.json` and say in the last lines what happened and what to do next."""
+    finished = not run.interrupted and run.step > 0
+    after = None
+    if test and finished:
+        with run.phase("evaluate"):
+            metrics, _ = source.validate(test)
+        after = metrics.get("accuracy", metrics["reward"]).value
+        run.log_outcome("after/test", after)
+    export = run.checkpoints.folder / "hf"
+    if config.checkpointing.export_hf and finished:
+        with run.phase("save"), atomic_folder(export) as work:
+            policy.export(work)
+    before = run.info.accuracies.get("test")
+    base = [value for name, value in run.info.accuracies.items() if name.startswith("base/")]
+    loop_seconds = sum(timer.seconds.get(name, 0.0) for name in ("generate", "logprobs", "train"))
+    summary = Summary(
+        accuracy_before=before,
+        accuracy_after=after,
+        accuracy_base_best_prompt=max(base, default=None),
+        steps=run.step,
+        seconds_total=timer.total,
+        seconds_by_phase=timer.seconds,
+        tokens_per_second=run.tokens_sampled / loop_seconds if loop_seconds else 0.0,
+        peak_memory_bytes=max(peak_memory_bytes(), peak_device_memory_bytes()),
+        seed=config.grpo.seed,
+        extra={"first_step": first_step, "model": config.policy.model_name},
+    )
+    write_summary(run.checkpoints.folder / "summary.json", summary)
+    run.console.finish(
+        accuracy_before=before,
+        accuracy_after=after,
+        accuracy_base_best_prompt=summary.accuracy_base_best_prompt,
+        rows=_rows(config, run, summary, export if finished else None),
+    )
+    return Outcome(run.checkpoints.folder, run.step, finished, after)
+
+
+def _rows(config: GRPOConfig, run: Run, summary: Summary, export: Path | None) -> dict[str, str]:
+    folder = run.checkpoints.folder
+    rows = {
+        "steps": f"{run.step} of {config.grpo.max_num_steps}",
+        "time": phase_line(summary.seconds_by_phase, summary.seconds_total),
+        "metrics": f"{folder / 'metrics.jsonl'}  (curves: tensorboard --logdir {folder})",
+        "rollouts": str(folder / "rollouts"),
+    }
+    if config.checkpointing.enabled and run.saved_step:
+        rows["checkpoint"] = str(run.checkpoints.path(run.saved_step))
+    if export is not None and config.checkpointing.export_hf:
+        rows["model"] = f"{export}  (loads with transformers.AutoModelForCausalLM)"
+    if run.interrupted:
+        rows["to continue"] = "run the same command again: it resumes after step " + str(run.saved_step)
+    elif config.checkpointing.enabled:
+        rows["to continue"] = f"run the same command with grpo.max_num_steps={2 * run.step}"
+    return rows

@@ -1,0 +1,162 @@
+"""`Run`: everything around a loop that is not the algorithm. It counts steps, logs, validates and saves."""
+
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType, TracebackType
+from typing import Self
+
+from nemo_rl.algorithms.checkpoints import Checkpoints, Stateful, TrainingInfo
+from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.data.loader import TaskLoader
+from nemo_rl.data.types import RolloutGroup
+from nemo_rl.metrics import Metrics, Sum, prefixed, scalars
+from nemo_rl.observe.console import Console, Sample
+from nemo_rl.observe.logger import RunLogger
+from nemo_rl.observe.summary import PhaseTimer
+
+type Validate = Callable[[], tuple[Metrics, list[RolloutGroup]]]
+
+
+class Run:
+    """The context of one run, between the loop and the outside world.
+
+    Ctrl-C lets the step at hand finish, saves and ends the loop; a second one stops at once.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        *,
+        checkpoints: Checkpoints,
+        logger: RunLogger,
+        console: Console,
+        timer: PhaseTimer,
+        info: TrainingInfo,
+    ) -> None:
+        self._config = config
+        self._logger = logger
+        self._timer = timer
+        self._deadline = config.checkpointing.must_save_by_seconds
+        self._started = time.monotonic()
+        self._loader: TaskLoader | None = None
+        self._handler: signal.Handlers | Callable[[int, FrameType | None], object] | int | None = None
+        self._before_step: dict[str, float] = {}
+        self._longest_step = 0.0
+        self._step_began = time.monotonic()
+        self.checkpoints = checkpoints
+        self.console = console
+        self.info = info
+        self.interrupted = False
+        self.tokens_sampled = 0.0
+        self.saved_step = info.step
+        self.step = info.step
+
+    def __enter__(self) -> Self:
+        """Take over Ctrl-C."""
+        self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give Ctrl-C back and close the logs."""
+        signal.signal(signal.SIGINT, self._handler)
+        self._logger.close()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.console.note(f"finishing step {self.step + 1}, then saving; press Ctrl-C again to stop at once")
+
+    def steps(self, loader: TaskLoader) -> Iterator[int]:
+        """Count the steps still to do, from 1; ends when steps, epochs or time are used up, or on Ctrl-C."""
+        self._loader = loader
+        while not self.over:
+            self._before_step = self._timer.seconds
+            self._step_began = time.monotonic()
+            yield self.step + 1
+
+    @property
+    def over(self) -> bool:
+        """Whether the last step that was recorded is the last of this run."""
+        limits = self._config.grpo
+        epochs = limits.max_num_epochs
+        out_of_data = epochs is not None and self._loader is not None and self._loader.epoch >= epochs
+        out_of_time = self._deadline is not None and (
+            time.monotonic() - self._started + self._longest_step > self._deadline
+        )
+        return self.step >= limits.max_num_steps or out_of_data or out_of_time or self.interrupted
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Count and show the time of a phase."""
+        with self._timer.phase(name), self.console.phase(name):
+            yield
+
+    def end_step(
+        self, step: int, metrics: Metrics, groups: Sequence[RolloutGroup], advantages: Sequence[float]
+    ) -> None:
+        """Log the figures and rollouts of a step and show them."""
+        self.step = step
+        elapsed = time.monotonic() - self._step_began
+        self._longest_step = max(self._longest_step, elapsed)
+        seconds = {name: total - self._before_step.get(name, 0.0) for name, total in self._timer.seconds.items()}
+        sampled = metrics["train/tokens_sampled"].value
+        self.tokens_sampled += sampled
+        timing: Metrics = {f"timing/{name}_seconds": Sum(value) for name, value in seconds.items() if value > 0}
+        timing["timing/step_seconds"] = Sum(elapsed)
+        timing["timing/tokens_per_second"] = Sum(sampled / elapsed)
+        self._logger.log(step, metrics | timing)
+        self._logger.log_rollouts(step, groups, advantages)
+        figures = scalars(metrics)
+        self.info = replace(self.info, step=step, metrics={**self.info.metrics, **figures})
+        self.console.step(
+            step,
+            reward=figures["train/reward/mean"],
+            accuracy=figures.get("train/environment/accuracy"),
+            tokens_per_second=sampled / elapsed,
+            sample=_sample(groups[0]),
+        )
+
+    def keep(self, step: int, policy: Stateful, loader: TaskLoader, *, validate: Validate) -> None:
+        """Validate and save after a step, where the configuration or the end of the run asks for it."""
+        limits, saving = self._config.grpo, self._config.checkpointing
+        if (limits.val_period and step % limits.val_period == 0) or (self.over and limits.val_at_end):
+            self.validate(step, validate)
+        if saving.enabled and (step % saving.save_period == 0 or self.over):
+            with self.phase("save"):
+                self.checkpoints.save(self.info, policy, loader)
+            self.saved_step = step
+
+    def validate(self, step: int, validate: Validate) -> None:
+        """Measure the validation set and log it."""
+        with self.phase("validate"):
+            metrics, groups = validate()
+        named = prefixed("val", metrics)
+        self._logger.log(step, named)
+        self.info = replace(self.info, metrics={**self.info.metrics, **scalars(named)})
+        accuracy = scalars(named).get("val/accuracy")
+        self.console.note(f"step {step}: validation accuracy {'unknown' if accuracy is None else f'{accuracy:.3f}'}")
+        for group in groups[: self._config.logger.num_val_samples_to_print]:
+            sample = _sample(group)
+            self.console.note(f"  {sample.problem!r} -> {sample.reply!r} (reward {sample.reward:g})")
+
+    def log_outcome(self, name: str, value: float) -> None:
+        """Log a figure of the whole run at the current step."""
+        self._logger.log(self.step, {name: Sum(value)})
+
+
+def _sample(group: RolloutGroup) -> Sample:
+    """The first rollout of a group, for people."""
+    rollout = group.rollouts[0]
+    return Sample(
+        problem=group.task.messages[-1]["content"],
+        reply=rollout.messages[-1]["content"] if rollout.messages else "",
+        expected=str(group.task.extra.get("ground_truth", "")),
+        reward=rollout.reward,
+    )

@@ -1,0 +1,1 @@
+"""From YAML and a command line to a frozen, validated configuration; imports neither torch nor ray."""

@@ -1,0 +1,128 @@
+"""`nemo-rl explain KEY`: what the schema says about a setting or a section."""
+
+import inspect
+import json
+import textwrap
+from collections.abc import Iterable
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeAliasType, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, JsonValue
+from pydantic.fields import FieldInfo
+
+from nemo_rl.config.fields import find, nearest, sections
+from nemo_rl.errors import ConfigError
+
+
+def explain(key: str, root: type[BaseModel]) -> str:
+    """Describe a setting (type, default, documentation) or a section (the same for each of its fields).
+
+    Args:
+        key: dotted path, e.g. `policy.generation.temperature`; empty for the top level.
+        root: the schema.
+
+    Raises:
+        ConfigError: the schema has no such path; the message names the nearest one.
+    """
+    path = tuple(filter(None, key.split(".")))
+    if not path:
+        return "\n".join(_section(root))
+    settings = find(root, path)
+    if not settings:
+        close = nearest(root, path)
+        raise ConfigError(
+            f"there is no setting {key}: {f'did you mean {close}?' if close else 'try `nemo-rl explain`'}"
+        )
+    info = settings[0].info
+    named = settings[0].name == path[-1]  # else the path ends in a name of the user's choice, inside the collection
+    if not sections(info.annotation):
+        return _across_variants(key, [setting.info for setting in settings])
+    lines = _setting(key, info) if named else [f"{key}: {_phrase(info.annotation)}"]
+    for choice in sections(info.annotation):
+        lines += ["", *_section(choice)]
+    return "\n".join(lines)
+
+
+def _section(section: type[BaseModel]) -> list[str]:
+    lines = [line for name, info in section.model_fields.items() for line in _setting(name, info)]
+    return [inspect.getdoc(section) or section.__name__, *(f"  {line}" for line in lines)]
+
+
+def _across_variants(key: str, infos: list[FieldInfo]) -> str:
+    """A field of several variants of a union: what they agree on is said once."""
+    phrases: dict[tuple[str, ...], list[str]] = {}
+    for info in infos:
+        phrases.setdefault((_default(info), *_documentation(info)), []).append(_type(info))
+    return "\n\n".join(
+        "\n".join([f"{key}: {' | '.join(dict.fromkeys(types))}{default}", *documentation])
+        for (default, *documentation), types in phrases.items()
+    )
+
+
+def _setting(name: str, info: FieldInfo) -> list[str]:
+    return [f"{name}: {_type(info)}{_default(info)}", *_documentation(info)]
+
+
+def _documentation(info: FieldInfo) -> list[str]:
+    return textwrap.wrap(
+        " ".join((info.description or "").split()), 100, initial_indent="    ", subsequent_indent="    "
+    )
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return ", required"
+    value = info.get_default(call_default_factory=True)
+    return "" if isinstance(value, BaseModel) else f", default {json.dumps(value)}"
+
+
+def _type(info: FieldInfo) -> str:
+    return _phrase(info.annotation) + _bounds(info.metadata)
+
+
+_WORDS: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    bool: "true | false",
+    str: "text",
+    NoneType: "null",
+    JsonValue: "any value",
+}
+
+
+def _phrase(annotation: Any) -> str:
+    """A type in the words of YAML, with its bounds."""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    if isinstance(annotation, TypeAliasType):
+        return _phrase(annotation.__value__)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _phrase(parts[0]) + "".join(_bounds(part.metadata) for part in parts[1:] if isinstance(part, FieldInfo))
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (list, tuple):
+        return f"[{_phrase(parts[0])}, ...]"
+    if origin is dict:
+        return f"{{{'NAME' if parts[0] is str else _phrase(parts[0])}: {_phrase(parts[1])}}}"
+    return " | ".join(dict.fromkeys(map(_phrase, parts)))
+
+
+def _bounds(metadata: Iterable[object]) -> str:
+    def text(bound: object) -> str:
+        match bound:
+            case Ge(ge=value):
+                return f" >= {value}"
+            case Gt(gt=value):
+                return f" > {value}"
+            case Le(le=value):
+                return f" <= {value}"
+            case Lt(lt=value):
+                return f" < {value}"
+            case _:
+                return ""
+
+    return "".join(map(text, metadata))

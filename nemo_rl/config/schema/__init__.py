@@ -1,0 +1,1 @@
+"""The schema: frozen pydantic sections; the text under a field is its documentation."""

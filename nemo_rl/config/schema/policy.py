@@ -1,0 +1,113 @@
+"""Section `policy`: the model, and how it is trained and sampled."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, JsonValue, Tag
+
+from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section
+from nemo_rl.config.schema.generation import GenerationSpec
+
+
+class TokenizerConfig(Section):
+    """The tokenizer of the policy."""
+
+    name: str | None = None
+    """Folder or hub name of the tokenizer; None is the model's own."""
+
+    chat_template: str | None = None
+    """Jinja chat template, or a file that holds one; None is the tokenizer's own."""
+
+
+class OptimizerConfig(Section):
+    """A PyTorch optimizer by import path."""
+
+    name: str = "torch.optim.AdamW"
+    """Import path of the class."""
+
+    kwargs: dict[str, JsonValue]
+    """Its keyword arguments, `lr` among them; one that is not given is PyTorch's own default."""
+
+
+class SchedulerConfig(Section):
+    """A PyTorch learning-rate scheduler by import path."""
+
+    name: str
+    """Import path of the class."""
+
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict[str, Any])
+    """Its keyword arguments; steps are optimizer steps."""
+
+
+class MilestonesConfig(Section):
+    """Where a chain of schedulers passes on."""
+
+    milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+    """Optimizer steps at which the next scheduler of the chain takes over, one fewer than schedulers."""
+
+
+def _link_tag(link: object) -> str:
+    return (
+        "milestones"
+        if isinstance(link, MilestonesConfig) or (isinstance(link, dict) and "milestones" in link)
+        else "scheduler"
+    )
+
+
+type SchedulerLink = Annotated[
+    Annotated[SchedulerConfig, Tag("scheduler")] | Annotated[MilestonesConfig, Tag("milestones")],
+    Discriminator(_link_tag),
+]
+
+
+class PolicyConfig(Section):
+    """The model, and how it is trained and sampled."""
+
+    model_name: str
+    """`embedded:NAME`, a local folder or a name on the Hugging Face hub."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer of the policy."""
+
+    train_global_batch_size: PositiveInt
+    """Rollouts of one optimizer step; must divide `grpo.num_prompts_per_step * grpo.num_generations_per_prompt`."""
+
+    train_mb_tokens: PositiveInt = 4096
+    """Tokens of one training micro-batch as computed, shared prefixes counted once; bounds memory, never changes a
+    result."""
+
+    logprob_mb_tokens: PositiveInt = 8192
+    """Tokens of one micro-batch of a forward pass without gradient."""
+
+    max_total_sequence_length: PositiveInt
+    """Longest sequence in tokens, prompt and answer together."""
+
+    precision: Literal["float32", "bfloat16", "bfloat16_autocast"] = "bfloat16"
+    """`bfloat16`: weights in bfloat16 with float32 master copies; `bfloat16_autocast`: float32 weights, arithmetic in
+    bfloat16."""
+
+    share_prefixes: bool = True
+    """Compute a prompt once for all its answers."""
+
+    min_shared_prefix: PositiveInt = 8
+    """Shortest common prefix in tokens that is worth sharing."""
+
+    logprob_chunk_size: PositiveInt = 256
+    """Tokens whose logits are held at a time in the language-model head."""
+
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the gradient to this norm; None never clips."""
+
+    optimizer: OptimizerConfig
+    """The optimizer."""
+
+    scheduler: Annotated[tuple[SchedulerLink, ...], Field(strict=False)] = ()
+    """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model lives; `auto` is the GPU when there is one."""
+
+    num_threads: PositiveInt | None = None
+    """CPU threads of the model's arithmetic; None is PyTorch's own choice."""
+
+    generation: GenerationSpec
+    """How answers are sampled, and by which engine."""

@@ -1,0 +1,324 @@
+"""`TokenBatch`: sequences of any length side by side, without padding."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nemo_rl.data.types import Rollout, RolloutGroup
+from nemo_rl.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """B sequences of N tokens in total, jagged.
+
+    Every method is pure: it returns new batches or tensors on the device of this one. A batch may hold no sequence
+    (a rank without work), and a sequence may hold no token (after `at`).
+
+    Attributes:
+        token_ids: int64 [N].
+        cu_seqlens: int64 [B+1], sequence i is `token_ids[cu_seqlens[i]:cu_seqlens[i+1]]`.
+        group_ids: int64 [B], equal for sequences of one group; sequences of a group are neighbours.
+        token_columns: named per-token tensors [N] (`loss_mask` bool, `loss_weights`, `advantages`, `rollout_logprobs`,
+            `old_logprobs`, `reference_logprobs`: float32).
+        sequence_columns: named per-sequence tensors [B] (`rewards`: float32, `truncated`: bool).
+
+    Raises:
+        DataError: the shapes, dtypes or devices do not fit together, or a group is torn apart.
+    """
+
+    token_ids: Tensor
+    cu_seqlens: Tensor
+    group_ids: Tensor
+    token_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    sequence_columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not fit together."""
+        own = {"token_ids": self.token_ids, "cu_seqlens": self.cu_seqlens, "group_ids": self.group_ids}
+        for name, tensor in own.items():
+            if tensor.dtype != torch.int64 or tensor.dim() != 1:
+                raise DataError(f"TokenBatch.{name} is {_describe(tensor)}; it must be int64 with one dimension")
+        if not len(self.cu_seqlens) or self.cu_seqlens[0] != 0 or self.cu_seqlens[-1] != len(self.token_ids):
+            raise DataError(f"TokenBatch.cu_seqlens must run from 0 to the {len(self.token_ids)} tokens of the batch")
+        if (self.lengths < 0).any():
+            raise DataError("TokenBatch.cu_seqlens decreases; it must be the running total of the sequence lengths")
+        if len(self.group_ids) != self.num_sequences:
+            raise DataError(f"TokenBatch has {len(self.group_ids)} group_ids for {self.num_sequences} sequences")
+        if len(self.group_ids.unique_consecutive()) != len(self.group_ids.unique()):
+            raise DataError("TokenBatch.group_ids tears a group apart; sequences of a group must be neighbours")
+        for names, columns, size in (
+            ("token", self.token_columns, len(self.token_ids)),
+            ("sequence", self.sequence_columns, self.num_sequences),
+        ):
+            for name, column in columns.items():
+                if column.shape != (size,) or column.device != self.token_ids.device:
+                    raise DataError(
+                        f"TokenBatch {names} column {name!r} is {_describe(column)}; "
+                        f"it must be one-dimensional with {size} values on {self.token_ids.device}"
+                    )
+        loss_mask = self.token_columns.get("loss_mask")
+        if loss_mask is not None and loss_mask.dtype != torch.bool:
+            raise DataError(f"TokenBatch token column 'loss_mask' is {_describe(loss_mask)}; it must be bool")
+
+    @classmethod
+    def from_rollouts(cls, groups: Sequence[RolloutGroup]) -> Self:
+        """Lay the rollouts of all groups side by side, in order; the group at position g gets group id g.
+
+        Token columns: `loss_mask`, `rollout_logprobs`. Sequence columns: `rewards`, `truncated` (token budget ran out).
+
+        Raises:
+            DataError: no rollout at all, or the columns of a rollout differ in length.
+        """
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        if not rollouts:
+            raise DataError("a TokenBatch needs at least one rollout, and none was given")
+        for group in groups:
+            for rollout in group.rollouts:
+                _check_rollout(rollout, group.task.index)
+        lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
+        group_sizes = torch.tensor([len(group.rollouts) for group in groups])
+        return cls(
+            token_ids=torch.cat([rollout.token_ids for rollout in rollouts]),
+            cu_seqlens=_running_total(lengths),
+            group_ids=torch.arange(len(groups)).repeat_interleave(group_sizes),
+            token_columns={
+                "loss_mask": torch.cat([rollout.loss_mask for rollout in rollouts]),
+                "rollout_logprobs": torch.cat([rollout.rollout_logprobs for rollout in rollouts]).float(),
+            },
+            sequence_columns={
+                "rewards": torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32),
+                "truncated": torch.tensor([rollout.stop_reason == "length" for rollout in rollouts]),
+            },
+        )
+
+    @classmethod
+    def concat(cls, batches: Sequence[Self]) -> Self:
+        """Put batches one after the other; all must have the same columns.
+
+        Group ids are kept, so a group that `split` divided comes together again; unrelated batches need distinct ids.
+
+        Raises:
+            DataError: no batch was given, or their columns differ.
+        """
+        if not batches:
+            raise DataError("TokenBatch.concat needs at least one batch, and none was given")
+        first = batches[0]
+        for batch in batches:
+            for known, given in (
+                (first.token_columns.keys(), batch.token_columns.keys()),
+                (first.sequence_columns.keys(), batch.sequence_columns.keys()),
+            ):
+                if known != given:
+                    raise DataError(f"TokenBatch.concat got different columns: {sorted(known)} and {sorted(given)}")
+        return cls(
+            token_ids=torch.cat([batch.token_ids for batch in batches]),
+            cu_seqlens=_running_total(torch.cat([batch.lengths for batch in batches])),
+            group_ids=torch.cat([batch.group_ids for batch in batches]),
+            token_columns={
+                name: torch.cat([batch.token_columns[name] for batch in batches]) for name in first.token_columns
+            },
+            sequence_columns={
+                name: torch.cat([batch.sequence_columns[name] for batch in batches]) for name in first.sequence_columns
+            },
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B], tokens of each sequence."""
+        return self.cu_seqlens.diff()
+
+    def sequence_ids(self) -> Tensor:
+        """int64 [N], the sequence that each token belongs to."""
+        return self.per_token(torch.arange(self.num_sequences, device=self.token_ids.device))
+
+    def per_token(self, sequence_column: Tensor) -> Tensor:
+        """Give every token the value of its sequence: [B] -> [N]."""
+        return sequence_column.repeat_interleave(self.lengths, output_size=self.num_tokens)
+
+    def token_index(self, sequence_indices: Tensor | Sequence[int]) -> Tensor:
+        """int64 [n], where the tokens of these sequences lie in this batch, sequence after sequence.
+
+        `result[batch.token_index(i)] = part` puts the per-token results of `batch.select(i)` back in place.
+        """
+        indices = torch.as_tensor(sequence_indices, dtype=torch.int64, device=self.token_ids.device)
+        lengths = self.lengths[indices]
+        cu_seqlens = _running_total(lengths)
+        shift = (self.cu_seqlens[indices] - cu_seqlens[:-1]).repeat_interleave(lengths)
+        return torch.arange(len(shift), device=shift.device) + shift
+
+    def select(self, sequence_indices: Tensor | Sequence[int]) -> Self:
+        """Take these sequences, in this order; sequences of a group must stay neighbours."""
+        indices = torch.as_tensor(sequence_indices, dtype=torch.int64, device=self.token_ids.device)
+        tokens = self.token_index(indices)
+        return type(self)(
+            token_ids=self.token_ids[tokens],
+            cu_seqlens=_running_total(self.lengths[indices]),
+            group_ids=self.group_ids[indices],
+            token_columns={name: column[tokens] for name, column in self.token_columns.items()},
+            sequence_columns={name: column[indices] for name, column in self.sequence_columns.items()},
+        )
+
+    def at(self, token_index: Tensor) -> Self:
+        """Cut every sequence down to some of its tokens: the view of a batch that a loss sees.
+
+        All B sequences stay (perhaps without a token), so sequence columns keep their meaning.
+
+        Args:
+            token_index: int64 [M], positions in this batch, sequence after sequence; any order within a sequence.
+
+        Raises:
+            DataError: the positions jump back to an earlier sequence.
+        """
+        owners = self.sequence_ids()[token_index]
+        if (owners.diff() < 0).any():
+            raise DataError("TokenBatch.at got tokens out of sequence order; sort token_index by sequence first")
+        return replace(
+            self,
+            token_ids=self.token_ids[token_index],
+            cu_seqlens=_running_total(owners.bincount(minlength=self.num_sequences)),
+            token_columns={name: column[token_index] for name, column in self.token_columns.items()},
+        )
+
+    def split(self, num_parts: int) -> list[Self]:
+        """Cut into `num_parts` consecutive parts of about equally many groups (of sequences, if groups are too few)."""
+        _check_positive("num_parts", num_parts)
+        units = self._units(num_parts)
+        parts = torch.arange(len(units)).tensor_split(num_parts)
+        return [self.select(torch.cat([_NONE, *(units[unit] for unit in part)])) for part in parts]
+
+    def minibatches(self, size: int) -> list[Self]:
+        """Cut into consecutive parts of at most `size` sequences; only a group larger than `size` is divided."""
+        _check_positive("size", size)
+        parts: list[list[Tensor]] = []
+        room = 0
+        for unit in (chunk for group in self._groups() for chunk in group.split(size)):
+            if len(unit) > room:
+                parts.append([])
+                room = size
+            parts[-1].append(unit)
+            room -= len(unit)
+        return [self.select(torch.cat(part)) for part in parts]
+
+    def balance(self, num_ranks: int) -> list[Self]:
+        """Deal the groups to `num_ranks` ranks with about equal tokens; see `assignment`."""
+        return [self.select(indices) for indices in self.assignment(num_ranks)]
+
+    def assignment(self, num_ranks: int) -> list[Tensor]:
+        """Choose the sequences of each rank: the largest group first, each to the rank with the fewest tokens so far.
+
+        A group stays on one rank, where its common prefix is computed once; with fewer groups than ranks the sequences
+        are dealt one by one, and with fewer sequences than ranks some ranks get none.
+
+        Returns:
+            One int64 tensor of increasing sequence indices for each rank; together they are all sequences, each once.
+        """
+        _check_positive("num_ranks", num_ranks)
+        lengths = self.lengths.cpu()
+        units = sorted(self._units(num_ranks), key=lambda unit: -int(lengths[unit].sum()))
+        ranks: list[list[Tensor]] = [[] for _ in range(num_ranks)]
+        loads = [0] * num_ranks
+        for unit in units:
+            rank = loads.index(min(loads))
+            ranks[rank].append(unit)
+            loads[rank] += int(lengths[unit].sum())
+        return [torch.cat([_NONE, *units]).sort().values for units in ranks]
+
+    def with_columns(self, **columns: Tensor) -> Self:
+        """Add or replace per-token columns [N]."""
+        return replace(self, token_columns={**self.token_columns, **columns})
+
+    def with_sequence_columns(self, **columns: Tensor) -> Self:
+        """Add or replace per-sequence columns [B]."""
+        return replace(self, sequence_columns={**self.sequence_columns, **columns})
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to a device."""
+        return type(self)(
+            token_ids=self.token_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            group_ids=self.group_ids.to(device),
+            token_columns={name: column.to(device) for name, column in self.token_columns.items()},
+            sequence_columns={name: column.to(device) for name, column in self.sequence_columns.items()},
+        )
+
+    def to_bytes(self) -> bytes:
+        """Write as safetensors; equal batches give equal bytes."""
+        tensors = {"token_ids": self.token_ids, "cu_seqlens": self.cu_seqlens, "group_ids": self.group_ids}
+        tensors |= {f"token.{name}": column for name, column in self.token_columns.items()}
+        tensors |= {f"sequence.{name}": column for name, column in self.sequence_columns.items()}
+        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            DataError: the bytes are truncated or something else.
+        """
+        try:
+            tensors = safetensors.torch.load(data)
+            return cls(
+                token_ids=tensors["token_ids"],
+                cu_seqlens=tensors["cu_seqlens"],
+                group_ids=tensors["group_ids"],
+                token_columns=_under("token.", tensors),
+                sequence_columns=_under("sequence.", tensors),
+            )
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise DataError(f"these {len(data)} bytes hold no TokenBatch ({error}); write them again") from error
+
+    def _groups(self) -> list[Tensor]:
+        """The sequence indices of each group."""
+        counts = self.group_ids.unique_consecutive(return_counts=True)[1]
+        return list(torch.arange(self.num_sequences).split(counts.tolist())) if self.num_sequences else []
+
+    def _units(self, num_parts: int) -> list[Tensor]:
+        """What is dealt whole to `num_parts` parts: groups, or single sequences when groups are too few."""
+        groups = self._groups()
+        return groups if len(groups) >= num_parts else list(torch.arange(self.num_sequences).split(1))
+
+
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+def _running_total(lengths: Tensor) -> Tensor:
+    """Lengths [B] -> offsets [B+1]."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise DataError(f"TokenBatch was asked for {name}={value}; it must be at least 1")
+
+
+def _check_rollout(rollout: Rollout, task_index: int) -> None:
+    sizes = [len(rollout.token_ids), len(rollout.loss_mask), len(rollout.rollout_logprobs)]
+    if len(set(sizes)) > 1:
+        raise DataError(
+            f"a rollout of task {task_index} has {sizes[0]} token_ids, {sizes[1]} loss_mask and {sizes[2]} "
+            "rollout_logprobs values; its environment or sampler must give one of each per token"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

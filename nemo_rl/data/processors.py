@@ -1,0 +1,47 @@
+"""Tasks as people write them, made ready for the sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from nemo_rl.data.chat import PromptFormat, encode_prompt
+from nemo_rl.data.types import Task
+from nemo_rl.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class TaskProcessor:
+    """Wraps the problem, applies the chat template and holds the prompt to a limit.
+
+    Attributes:
+        tokenizer: whose chat template is applied.
+        prompt_format: prompt template, system prompt and worked examples.
+        max_input_length: the most tokens a prompt may have; None sets no limit.
+        too_long: what happens to a longer prompt: `error` stops, `skip` passes over the task.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat = field(default_factory=PromptFormat)
+    max_input_length: int | None = None
+    too_long: Literal["error", "skip"] = "error"
+
+    def __call__(self, task: Task) -> Task | None:
+        """Give the task its final messages and its `token_ids`; None for a prompt that is to be skipped.
+
+        Raises:
+            DataError: the prompt is too long and `too_long` is `error`.
+        """
+        messages = self.prompt_format.apply(task.messages)
+        token_ids = encode_prompt(self.tokenizer, messages)
+        if self.max_input_length is not None and len(token_ids) > self.max_input_length:
+            if self.too_long == "skip":
+                return None
+            raise DataError(
+                f"the prompt of task {task.index} has {len(token_ids)} tokens and data.max_input_seq_length is "
+                f"{self.max_input_length}; raise it, or set data.too_long=skip to leave such tasks out"
+            )
+        return replace(task, messages=messages, token_ids=token_ids)

@@ -1,0 +1,164 @@
+"""The types that travel between the data, the environments, the samplers and the algorithms.
+
+Shape letters: n tokens of one completion, T tokens of one rollout, N tokens of a batch, B sequences, G group size.
+Every per-token column is aligned to the token itself: `logprobs[t]` is the log-probability of token t given all before
+it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypedDict
+
+from torch import Tensor
+
+
+class Message(TypedDict):
+    """One message of a conversation in the OpenAI chat format."""
+
+    role: str
+    content: str
+
+
+type StopReason = Literal["stop", "length", "deadline", "refused"]
+"""`stop`: a stop token or string; `length`: the token budget; `deadline`: cut by the clock; `refused`: too long to
+start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem to be solved by the policy.
+
+    Attributes:
+        messages: the conversation so far; its last message is the one to answer.
+        environment: name of the environment (a key of the `env` section) that judges it.
+        extra: what the environment needs, e.g. `{"ground_truth": "12"}`.
+        index: position in the data set, the task's identity in logs and checkpoints.
+        token_ids: int64 [P], the prompt as tokens; None until a `TaskProcessor` has applied the chat template.
+    """
+
+    messages: tuple[Message, ...]
+    environment: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    index: int = 0
+    token_ids: Tensor | None = None
+
+
+class TaskDataset(Protocol):
+    """Tasks by position; task i has index i. It must pickle, for loader processes."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Task: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal contents: how a resumed run notices that its data changed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample; every field is set explicitly, none is taken from a model's own generation config.
+
+    Attributes:
+        max_new_tokens: budget of one completion; reaching it stops with reason `length`.
+        temperature: divides the logits; 0 is greedy.
+        top_p: keep the smallest set of tokens whose probability reaches it (1 keeps all).
+        top_k: keep the k most likely tokens (0 keeps all).
+        min_p: keep tokens with at least this share of the best token's probability (0 keeps all).
+        stop_token_ids: any of these ends the completion and is kept as its last token.
+        stop_strings: the completion ends with the token that completes any of these.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One completion wanted: `prompt_ids` int64 [P], and the seed that alone decides its random draws."""
+
+    prompt_ids: Tensor
+    sampling: SamplingParams
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a sampler returns for one request.
+
+    Attributes:
+        token_ids: int64 [n], the sampled tokens, the stop token included.
+        logprobs: float32 [n], of the distribution actually sampled from (temperature, top-p, top-k applied).
+        stop_reason: why it ended.
+        policy_version: version of the weights that sampled it.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    stop_reason: StopReason
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One conversation between the policy and an environment, as one training sequence.
+
+    Attributes:
+        token_ids: int64 [T], prompt, completions and environment messages in order.
+        loss_mask: bool [T], true on tokens the policy sampled.
+        rollout_logprobs: float32 [T], the sampler's, 0 where `loss_mask` is false.
+        rewards: named rewards; the training reward is their sum.
+        stop_reason: of the last completion.
+        policy_version: of the weights that sampled it.
+        messages: the conversation as text, for people.
+        metrics: extra figures of the environment.
+        details: what the environment saw, as text, for logs and people, e.g. `{"extracted": "12"}`.
+    """
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    rollout_logprobs: Tensor
+    rewards: dict[str, float]
+    stop_reason: StopReason
+    policy_version: int
+    messages: tuple[Message, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reward(self) -> float:
+        """The reward trained on: the sum of the named ones."""
+        return sum(self.rewards.values())
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G rollouts of one task."""
+
+    task: Task
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an environment answers to one policy turn.
+
+    Attributes:
+        rewards: named rewards of this turn (a plain number is stored under `reward`).
+        done: whether the conversation ends here.
+        messages: the environment's messages before the policy's next turn.
+        state: handed back to the environment at the next turn; must pickle.
+        metrics: extra figures, e.g. `{"timed_out": 1.0}`.
+        details: what the environment saw, as text, for logs and people, e.g. `{"extracted": "12"}`.
+    """
+
+    rewards: dict[str, float]
+    done: bool = True
+    messages: tuple[Message, ...] = ()
+    state: Any = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,133 @@
+"""`LocalExecutor`: workers in the driver's own process, without Ray.
+
+Each worker has one thread of its own. The thread keeps calls in order and apart, lets an event loop `await` a training
+step while environments go on, gives `async def` methods a place to run while the driver's loop is busy, and keeps the
+worker's gradient mode, autocast and CUDA device, which torch holds per thread, to the worker. Ctrl-C is delivered to
+the driver, which waits: it never tears an optimizer step in two. `breakpoint()` works as usual.
+"""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from nemo_rl.distributed.calls import CallFuture, worker_name
+from nemo_rl.distributed.host import WorkerHost
+from nemo_rl.errors import ConfigError, WorkerError
+from nemo_rl.interfaces import Resources, WorkerHandle
+
+
+class LocalWorker:
+    """A worker on its own thread of this process; arguments and results are passed as they are, not copied."""
+
+    def __init__(self, name: str) -> None:
+        """Open the thread; `construct` builds the worker on it."""
+        self.name = name
+        self._host = WorkerHost()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._pending: set[concurrent.futures.Future[Any]] = set()
+        self._stopped = False
+
+    def construct(self, worker: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Build the worker on its thread and wait until it stands."""
+        self._thread.submit(self._host.construct, worker, args, kwargs).result()
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> CallFuture:
+        """Queue a call and return at once."""
+        if self._stopped:
+            raise WorkerError(f"{self.name} was stopped and cannot run `{method}`")
+        future = self._thread.submit(self._host.call, method, args, kwargs)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return CallFuture(future, f"{self.name}.{method}")
+
+    def stop(self) -> None:
+        """Cancel what waits, let the running call end, and let go of the worker."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for future in tuple(self._pending):
+            future.cancel()
+        self._thread.submit(self._host.close)
+        self._thread.shutdown()
+
+
+class LocalExecutor:
+    """Starts workers in this process. They share its memory, its GPUs and its environment variables."""
+
+    def __init__(self) -> None:
+        """Start with no worker."""
+        self._workers: list[LocalWorker] = []
+        self._env_before: dict[str, str | None] = {}
+
+    def start(
+        self, worker: Callable[..., Any], *args: Any, resources: Resources | None = None, **kwargs: Any
+    ) -> WorkerHandle:
+        """Construct `worker(*args, **kwargs)` on a thread of its own.
+
+        Raises:
+            ConfigError: it asks for an environment variable that another worker of this process has set otherwise.
+        """
+        return self._start(worker_name(worker), worker, args, kwargs, resources)
+
+    def start_group(
+        self, worker: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], resources: Resources | None = None
+    ) -> list[WorkerHandle]:
+        """Construct one worker per rank, one after the other: model loading is not safe in several threads."""
+        started: list[WorkerHandle] = []
+        try:
+            for rank, kwargs in enumerate(arguments):
+                started.append(self._start(f"{worker_name(worker)}[{rank}]", worker, (), kwargs, resources))
+        except BaseException:
+            for handle in started:
+                handle.stop()
+            raise
+        return started
+
+    def _start(
+        self,
+        name: str,
+        worker: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        resources: Resources | None,
+    ) -> LocalWorker:
+        self._set_env((resources or Resources()).env_vars, name)
+        handle = LocalWorker(name)
+        try:
+            handle.construct(worker, args, kwargs)
+        except BaseException:
+            handle.stop()
+            raise
+        self._workers.append(handle)
+        return handle
+
+    def _set_env(self, env_vars: Mapping[str, str], name: str) -> None:
+        for key, value in env_vars.items():
+            if key in self._env_before and os.environ.get(key) != value:
+                raise ConfigError(
+                    f"{name} asks for {key}={value}, another worker of this process for {key}={os.environ.get(key)}: "
+                    "give both the same value or use `cluster.executor=ray`"
+                )
+            self._env_before.setdefault(key, os.environ.get(key))
+            os.environ[key] = value
+
+    def shutdown(self) -> None:
+        """Stop every worker, newest first, and put the environment variables back."""
+        while self._workers:
+            self._workers.pop().stop()
+        while self._env_before:
+            key, value = self._env_before.popitem()
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+    def __enter__(self) -> "LocalExecutor":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Shut down."""
+        self.shutdown()

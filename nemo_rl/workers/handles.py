@@ -1,0 +1,73 @@
+"""The policy as a loop sees it: a `TrainingBackend` and a `GenerationBackend` wherever their worker lives."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.types import Completion, GenerationRequest
+from nemo_rl.interfaces import Objective, WorkerHandle
+from nemo_rl.metrics import Metrics
+
+
+class Policy:
+    """Trains; every call waits for the worker."""
+
+    def __init__(self, worker: WorkerHandle) -> None:
+        self._worker = worker
+        self._logprobs = "logprobs"
+
+    def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """One optimizer step on the whole batch."""
+        return self._worker.call("train", batch, objective).result()
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """float32 [N], of the loss tokens under the current weights (within `reference`, under the frozen ones)."""
+        return self._worker.call(self._logprobs, batch).result()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, `logprobs` are those of the weights the run started from."""
+        self._logprobs = "reference_logprobs"
+        try:
+            yield
+        finally:
+            self._logprobs = "logprobs"
+
+    def publish(self, version: int) -> None:
+        """Let the sampler answer with the current weights, as this version."""
+        self._worker.call("publish", version).result()
+
+    def save(self, folder: Path) -> None:
+        """Write the training state."""
+        self._worker.call("save", folder).result()
+
+    def load(self, folder: Path) -> None:
+        """Restore the training state."""
+        self._worker.call("load", folder).result()
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face model folder."""
+        self._worker.call("export", folder).result()
+
+    def describe(self) -> Mapping[str, Any]:
+        """What the worker holds."""
+        return self._worker.call("describe").result()
+
+
+class ColocatedGenerator:
+    """Samples in the policy's own worker."""
+
+    def __init__(self, worker: WorkerHandle) -> None:
+        self._worker = worker
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Sample one completion for every request without blocking the event loop."""
+        return await self._worker.call("generate", requests)
+
+    def metrics(self) -> Metrics:
+        """What the sampler counted since the last call."""
+        return self._worker.call("generation_metrics").result()

@@ -1,0 +1,176 @@
+import json
+import pickle
+from pathlib import Path
+from textwrap import dedent
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from nemo_rl.config.schema.data import ArithmeticDataConfig, CustomDataConfig, HubDataConfig, LocalDataConfig
+from nemo_rl.data.datasets.arithmetic import ArithmeticDataset, unrepeatable_questions
+from nemo_rl.data.datasets.registry import build_dataset
+from nemo_rl.data.types import Task, TaskDataset
+from nemo_rl.errors import ConfigError, DataError
+
+ROWS = [
+    {"problem": "What is 1 + 1?", "solution": "2", "level": 1},
+    {"problem": "What is 2 + 3?", "solution": "5", "level": 2},
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def local(path: Path, **changes: str) -> TaskDataset:
+    keys = {"prompt_key": "problem", "answer_key": "solution", "environment": "quiz", **changes}
+    return build_dataset(LocalDataConfig(name="local", path=str(path), **keys), "train")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_tasks(tmp_path: Path, suffix: str) -> None:
+    file, table = tmp_path / f"rows.{suffix}", pyarrow.Table.from_pylist(ROWS)
+    if suffix == "jsonl":
+        write_jsonl(file, ROWS)
+    elif suffix == "json":
+        file.write_text(json.dumps(ROWS))
+    elif suffix == "csv":
+        pyarrow.csv.write_csv(table, file)
+    else:
+        pyarrow.parquet.write_table(table, file)
+    dataset = local(file)
+    assert len(dataset) == 2
+    assert dataset[1] == Task(
+        messages=({"role": "user", "content": "What is 2 + 3?"},),
+        environment="quiz",
+        extra={"ground_truth": "5", "level": 2},
+        index=1,
+    )
+    with pytest.raises(IndexError):
+        dataset[2]
+    assert pickle.loads(pickle.dumps(dataset))[0] == dataset[0]
+
+
+def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Count."}, {"role": "user", "content": "1 + 1"}]
+    dataset = local(write_jsonl(tmp_path / "a.jsonl", [{"problem": turns, "solution": 2}]))
+    assert dataset[0].messages == tuple(turns)
+    assert dataset[0].extra == {"ground_truth": "2"}
+
+
+def test_malformed_lines_name_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"problem": "p", "solution": "1"}\n\n{"problem": "p", \n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3 is not JSON"):
+        local(file)
+    file.write_text('{"problem": "p", "solution": "1"}\n[1, 2]\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 is not a JSON object"):
+        local(file)
+    file.write_text('{"problem": "p", "solution": "1"}\n\n{"problem": "q"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3 has no 'solution', only \['problem'\].*answer_key"):
+        local(file)
+    file.write_bytes(b'{"problem": "p\xff", "solution": "1"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 is not JSON in UTF-8"):
+        local(file)
+
+
+@pytest.mark.parametrize("prompt", ["", 7, [], [{"role": "user"}]])
+def test_a_prompt_that_is_neither_text_nor_messages_is_refused(tmp_path: Path, prompt: object) -> None:
+    with pytest.raises(DataError, match="neither text nor a list of messages"):
+        local(write_jsonl(tmp_path / "a.jsonl", [{"problem": prompt, "solution": "1"}]))
+
+
+def test_missing_empty_unreadable_and_unknown_files_are_each_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        local(tmp_path / "none.jsonl")
+    empty, broken, unknown = tmp_path / "empty.jsonl", tmp_path / "broken.parquet", tmp_path / "a.xlsx"
+    for file in (empty, broken, unknown):
+        file.write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl is empty"):
+        local(empty)
+    with pytest.raises(DataError, match=r"broken\.parquet .*cannot be read"):
+        local(broken)
+    with pytest.raises(DataError, match=r"a\.xlsx is of an unknown kind; use \.jsonl"):
+        local(unknown)
+    with pytest.raises(DataError, match=r"has no 'question', only \['level', 'problem', 'solution'\]"):
+        local(write_jsonl(tmp_path / "a.jsonl", ROWS), prompt_key="question")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_fingerprint_follows_the_contents(tmp_path: Path, suffix: str) -> None:
+    def fingerprint(name: str, rows: list[dict[str, object]]) -> str:
+        return local(write_jsonl(tmp_path / f"{name}.{suffix}", rows)).fingerprint
+
+    assert fingerprint("a", ROWS) == fingerprint("b", ROWS)
+    assert fingerprint("a", ROWS) != fingerprint("c", [ROWS[0], {**ROWS[1], "solution": "6"}])
+
+
+def test_a_folder_in_hub_format_loads_by_split_and_slice(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "train-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[1:]), folder / "test-00000-of-00001.parquet")
+
+    def hub(split: str) -> TaskDataset:
+        spec = HubDataConfig(
+            name="hub", path=str(folder), split=split, prompt_key="problem", answer_key="solution", environment="math"
+        )
+        return build_dataset(spec, "train")
+
+    assert [len(hub(split)) for split in ("train", "test", "train[:50%]")] == [2, 1, 1]
+    assert hub("test")[0].extra == {"ground_truth": "5", "level": 2}
+    with pytest.raises(DataError, match=r"split 'dev'.*cannot be read"):
+        hub("dev")
+
+
+def test_arithmetic_specs_give_disjoint_splits_and_keep_the_held_out_problems_out() -> None:
+    spec = ArithmeticDataConfig(name="arithmetic", num_samples=500, seed=2, environment="sums")
+    test = build_dataset(spec, "test")
+    train = build_dataset(spec, "train", held_out=test)
+    assert isinstance(test, ArithmeticDataset)
+    asked = {train[index].messages[0]["content"] for index in range(len(train))}
+    assert not asked & unrepeatable_questions(test)
+    assert train[0].environment == "sums"
+    assert [train[index] for index in range(9)] != [test[index] for index in range(9)]
+
+
+def test_a_data_set_of_ones_own_is_called_by_import_path(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        dedent("""
+            from nemo_rl.data.types import Task
+
+            def build(number):
+                return [Task(({"role": "user", "content": str(i)},), "mine") for i in range(number)]
+
+            def wrong():
+                return ["a"]
+
+            def broken():
+                raise RuntimeError("no data today")
+            """)
+    )
+
+    def custom(name: str, **kwargs: int) -> TaskDataset:
+        return build_dataset(CustomDataConfig(name="custom", path=f"{file}:{name}", kwargs=dict(kwargs)), "train")
+
+    dataset = custom("build", number=3)
+    assert [dataset[index].index for index in range(len(dataset))] == [0, 1, 2]
+    assert dataset[2].environment == "mine"
+    assert dataset.fingerprint != custom("build", number=4).fingerprint
+    with pytest.raises(DataError, match="build is empty"):
+        custom("build", number=0)
+    with pytest.raises(DataError, match="must return a sequence of Task"):
+        custom("wrong")
+    with pytest.raises(DataError, match="raised RuntimeError: no data today"):
+        custom("broken")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        custom("missing")

@@ -1,0 +1,80 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_rl.observe.summary import PhaseTimer, Summary, write_summary
+
+
+def test_phases_never_count_a_second_twice() -> None:
+    now = [0.0]
+    timer = PhaseTimer(clock=lambda: now[0])
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    with timer.phase("generate"):
+        work(2)
+    work(1)
+    with timer.phase("train"):
+        work(3)
+        with timer.phase("save"):
+            work(5)
+            with timer.phase("train"):
+                work(7)
+        work(11)
+    with pytest.raises(KeyboardInterrupt), timer.phase("generate"):
+        work(13)
+        raise KeyboardInterrupt
+
+    assert timer.seconds == {"generate": 15.0, "train": 21.0, "save": 5.0}
+    assert timer.total == 42.0
+
+
+def test_peak_memory_is_in_bytes_and_outlives_what_it_measured() -> None:
+    program = """
+from nemo_rl.observe.summary import peak_memory_bytes
+before = peak_memory_bytes()
+block = b"x" * (before + (64 << 20))
+del block
+print(before, peak_memory_bytes())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = map(int, ran.stdout.split())
+
+    assert 4 << 20 < before < 1 << 30
+    assert after - before > 60 << 20
+
+
+def test_summary_has_the_promised_keys_and_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "summary.json"
+    for after in (0.5, 0.925):
+        summary = Summary(
+            accuracy_before=0.26,
+            accuracy_after=after,
+            accuracy_base_best_prompt=None,
+            steps=40,
+            seconds_total=271.5,
+            seconds_by_phase={"generate": 130.0, "train": 120.0},
+            tokens_per_second=312.0,
+            peak_memory_bytes=3 << 30,
+            seed=42,
+            extra={"model": "SmolLM2-135M-Instruct"},
+        )
+        write_summary(path, summary)
+
+    assert json.loads(path.read_text()) == {
+        "accuracy_before": 0.26,
+        "accuracy_after": 0.925,
+        "accuracy_base_best_prompt": None,
+        "steps": 40,
+        "seconds_total": 271.5,
+        "seconds_by_phase": {"generate": 130.0, "train": 120.0},
+        "tokens_per_second": 312.0,
+        "peak_memory_bytes": 3 << 30,
+        "seed": 42,
+        "model": "SmolLM2-135M-Instruct",
+    }
+    assert [entry.name for entry in path.parent.iterdir()] == ["summary.json"]
