@@ -96,19 +96,26 @@ def cpu_seconds(shape: Shape, precision: str, repeats: int) -> dict[str, list[fl
     return {side: measured[1:] for side, measured in seconds.items()}
 
 
-def measure(shape: Shape, precision: str, repeats: int) -> dict[str, float]:
-    """Collect the figures of one precision."""
+def peaks(shape: Shape, precision: str) -> dict[str, int]:
+    """Measure both sides' memory, each in its own process.
+
+    A process starts with the peak of the one it was made from, so this comes before anything large happens here.
+    """
     context = multiprocessing.get_context("spawn")
-    peaks: dict[str, int] = {}
+    measured: dict[str, int] = {}
     for side in SIDES:
         with context.Pool(1) as pool:
-            peaks[side] = pool.apply(peak_bytes, (side, shape, precision))
-    seconds = cpu_seconds(shape, precision, repeats)
+            measured[side] = pool.apply(peak_bytes, (side, shape, precision))
+    return measured
+
+
+def summarise(memory: dict[str, int], seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Turn the measurements of one precision into a row of the table."""
     ratios = [ours / theirs for ours, theirs in zip(seconds["chunked"], seconds["plain"], strict=True)]
     return {
-        "plain_peak_mib": peaks["plain"] / MEBIBYTE,
-        "chunked_peak_mib": peaks["chunked"] / MEBIBYTE,
-        "memory_ratio": peaks["plain"] / peaks["chunked"],
+        "plain_peak_mib": memory["plain"] / MEBIBYTE,
+        "chunked_peak_mib": memory["chunked"] / MEBIBYTE,
+        "memory_ratio": memory["plain"] / memory["chunked"],
         "plain_cpu_seconds": statistics.median(seconds["plain"]),
         "chunked_cpu_seconds": statistics.median(seconds["chunked"]),
         "time_ratio": statistics.median(ratios),
@@ -124,6 +131,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     num_tokens, vocabulary, hidden_size = arguments.shape
+    shape = (num_tokens, vocabulary, hidden_size)
+    memory = {precision: peaks(shape, precision) for precision in arguments.precision}
 
     print(f"{num_tokens} tokens x {vocabulary} vocabulary x {hidden_size} hidden, forward + backward, one thread")
     print(f"{'':10}  {'peak memory, MiB':>26}  {'CPU seconds':>24}")
@@ -131,7 +140,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, dict[str, float]] = {}
     for precision in arguments.precision:
-        row = results[precision] = measure((num_tokens, vocabulary, hidden_size), precision, arguments.repeats)
+        row = summarise(memory[precision], cpu_seconds(shape, precision, arguments.repeats))
+        results[precision] = row
         print(
             f"{precision:10}  {row['plain_peak_mib']:8.0f} {row['chunked_peak_mib']:8.0f} {row['memory_ratio']:7.1f}x"
             f"  {row['plain_cpu_seconds']:8.2f} {row['chunked_cpu_seconds']:8.2f} {row['time_ratio']:5.2f}x",

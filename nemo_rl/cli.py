@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from nemo_rl import __version__
 from nemo_rl.errors import NemoRLError
 
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (a run failed), 2 (correctable input) or 130 (interrupted).
@@ -22,12 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "explain":
             _explain(arguments.key)
         else:
-            _grpo(arguments.config, [*arguments.overrides, *rest], dry_run=arguments.dry_run)
+            return _grpo(arguments.config, [*arguments.overrides, *rest], dry_run=arguments.dry_run)
     except NemoRLError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
     return 0
 
 
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _grpo(config_file: str | None, overrides: Sequence[str], *, dry_run: bool) -> None:
+def _grpo(config_file: str | None, overrides: Sequence[str], *, dry_run: bool) -> int:
     from nemo_rl.config.load import dump_config, load_config
     from nemo_rl.config.schema.algorithms import GRPOConfig
 
@@ -55,10 +57,10 @@ def _grpo(config_file: str | None, overrides: Sequence[str], *, dry_run: bool) -
         from nemo_rl.config.plan import render_plan
 
         sys.stdout.write(f"{dump_config(loaded.config)}\n{render_plan(loaded.config)}\n")
-        return
+        return 0
     from nemo_rl.algorithms.launch import launch_grpo
 
-    launch_grpo(loaded)
+    return _INTERRUPTED if launch_grpo(loaded).interrupted else 0
 
 
 def _explain(key: str) -> None:

@@ -40,7 +40,7 @@ class TrainingInfo:
 
     Attributes:
         step: steps done.
-        metrics: the latest figures by `train/NAME` and `val/NAME`; one of them ranks the checkpoint.
+        metrics: figures of that step by `train/NAME` and `val/NAME`; one of them ranks the checkpoint.
         accuracies: held-out accuracies measured before the first step, so that a resumed run need not measure again.
     """
 
@@ -61,7 +61,7 @@ class Checkpoints:
         """Make the run's folder and put back what a kill left half done.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the folder cannot be written, or `resume` is `never` and it holds a checkpoint.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +74,12 @@ class Checkpoints:
                 f"cannot write to the run folder {self.folder} ({error.strerror}); "
                 "set checkpointing.checkpoint_dir to another"
             ) from error
+        steps = self.steps()
+        if steps and self._config.resume == "never":
+            raise CheckpointError(
+                f"{self.folder} already holds a run at step {steps[-1]} and checkpointing.resume is never; "
+                "choose another checkpointing.checkpoint_dir or set resume to auto"
+            )
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -102,16 +108,11 @@ class Checkpoints:
         """Restore policy and data position from the latest checkpoint; without one, nothing happens and the step is 0.
 
         Raises:
-            CheckpointError: it is damaged or of another model or data set, or `resume` is `never` and there is one.
+            CheckpointError: it is damaged, or of another model or data set.
         """
         steps = self.steps()
         if not steps:
             return TrainingInfo(0)
-        if self._config.resume == "never":
-            raise CheckpointError(
-                f"{self.folder} already holds a run at step {steps[-1]} and checkpointing.resume is never; "
-                "choose another checkpointing.checkpoint_dir or set resume to auto"
-            )
         folder = self.path(steps[-1])
         info = self.info(steps[-1])
         policy.load(folder / _POLICY)
@@ -152,7 +153,8 @@ class Checkpoints:
             return
         ranked = sorted(steps, key=lambda step: (self._rank(step), step), reverse=True)
         for step in set(ranked[self._config.keep_top_k :]) - {steps[-1]}:
-            shutil.rmtree(self.path(step), ignore_errors=True)
+            unwanted = self.path(step).rename(self.path(step).with_name(f"tmp_step_{step}"))
+            shutil.rmtree(unwanted, ignore_errors=True)  # after a kill here, `recover_folders` removes the rest
             _log.debug("removed checkpoint %d", step)
 
     def _rank(self, step: int) -> float:

@@ -21,7 +21,7 @@ def train_grpo(config: GRPOConfig, run: Run, policy: Policy, source: RolloutSour
     for step in run.steps(loader):
         with run.phase("generate"):
             collected = source.groups(next(loader), step)
-        batch, batch_metrics = policy_batch(config, collected.groups)
+        batch, batch_metrics = policy_batch(config, collected.groups, version=step - 1)
         parts = minibatches(config, batch)
         if not objective.on_policy:
             with run.phase("logprobs"):

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from nemo_rl.algorithms.checkpoints import Checkpoints
 from nemo_rl.algorithms.grpo import train_grpo
-from nemo_rl.algorithms.outcome import Outcome, finish
-from nemo_rl.algorithms.run import Run
+from nemo_rl.algorithms.outcome import Outcome, earlier_outcome, finish
+from nemo_rl.algorithms.run import Run, is_used_up
 from nemo_rl.algorithms.sampling import RolloutSource
 from nemo_rl.config.load import LoadedConfig, dump_config
 from nemo_rl.config.schema.algorithms import GRPOConfig
@@ -31,7 +31,7 @@ from nemo_rl.distributed.cache import cache_dir
 from nemo_rl.distributed.executor import make_executor
 from nemo_rl.environments.registry import build_environments
 from nemo_rl.errors import ConfigError, DataError
-from nemo_rl.interfaces import Environment, Executor, Resources
+from nemo_rl.interfaces import Environment, Resources, Sampler
 from nemo_rl.models.load import load_tokenizer, resolve_model
 from nemo_rl.observe.atomic import write_text_atomically
 from nemo_rl.observe.console import Console
@@ -62,9 +62,11 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig]) -> Outcome:
     timer = PhaseTimer()
     checkpoints = Checkpoints(config.checkpointing, dump_config(config))
     checkpoints.open_folder()
-    done = max(checkpoints.steps(), default=0)
+    _check_devices(config)
     console = Console(
-        total_steps=config.grpo.max_num_steps, first_step=done, sample_period=config.logger.print_sample_period
+        total_steps=config.grpo.max_num_steps,
+        first_step=max(checkpoints.steps(), default=0),
+        sample_period=config.logger.print_sample_period,
     )
     with ExitStack() as stack:
         stack.enter_context(console)
@@ -76,7 +78,9 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig]) -> Outcome:
             environments = build_environments(config.env)
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)
-            executor = stack.enter_context(_executor(config))
+            executor = stack.enter_context(
+                make_executor(config.cluster.executor, startup_timeout_seconds=config.cluster.startup_timeout_seconds)
+            )
             worker = executor.start(
                 PolicyWorker,
                 config.policy,
@@ -87,32 +91,40 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig]) -> Outcome:
             policy = Policy(worker)
             info = checkpoints.resume(policy, problems.loader)
             policy.publish(info.step)
-        write_text_atomically(checkpoints.folder / "config.yaml", dump_config(config))
-        rollouts = RolloutSource(
-            generator=ColocatedGenerator(worker),
-            environments=environments,
-            decode=_decoder(tokenizer),
-            sampling=sampling_params(config, tokenizer),
-            group_size=config.grpo.num_generations_per_prompt,
-            seed=config.grpo.seed,
-            max_failed_share=config.grpo.max_failed_group_share,
-            deadline_seconds=config.grpo.max_rollout_seconds,
-            validation=problems.validation,
-            runner=runner,
-        )
-        sinks = build_sinks(
-            config.logger,
-            checkpoints.folder,
-            first_step=info.step + 1 if info.step else 0,
-            resolved=config.model_dump(mode="json"),
-        )
-        logger = RunLogger(sinks, RolloutWriter(checkpoints.folder / "rollouts"))
+        earlier = earlier_outcome(checkpoints.folder, info.step)
+        if earlier is not None and is_used_up(config, info.step, problems.loader):
+            console.note(
+                f"{checkpoints.folder} holds this run, finished after step {info.step}: raise grpo.max_num_steps "
+                "(or max_num_epochs) to go on, or choose another checkpointing.checkpoint_dir to start afresh"
+            )
+            return earlier
+        logger = open_logger(config, checkpoints.folder, info.step)
+        generator = ColocatedGenerator(worker)
+        rollouts = _rollout_source(config, tokenizer, generator, environments, problems.validation, runner)
         run = Run(config, checkpoints=checkpoints, logger=logger, console=console, timer=timer, info=info)
         with run:
             if info.step == 0:
                 measure_before(config, run, rollouts, problems)
             train_grpo(config, run, policy, rollouts, problems.loader)
             return finish(config, run, policy, rollouts, problems.test, timer, first_step=info.step)
+
+
+def open_logger(config: GRPOConfig, folder: Path, step: int) -> RunLogger:
+    """Write the resolved configuration and open the records of a run, which goes on after `step`.
+
+    Raises:
+        ConfigError: the folder of the logs cannot be written.
+    """
+    try:
+        write_text_atomically(folder / "config.yaml", dump_config(config))
+        first_step = step + 1 if step else 0
+        sinks = build_sinks(config.logger, folder, first_step=first_step, resolved=config.model_dump(mode="json"))
+    except OSError as error:
+        where = config.logger.log_dir or folder
+        raise ConfigError(
+            f"cannot write the logs in {where} ({error}); set logger.log_dir to another folder"
+        ) from error
+    return RunLogger(sinks, RolloutWriter(folder / "rollouts"))
 
 
 def measure_before(config: GRPOConfig, run: Run, source: RolloutSource, problems: Problems) -> None:
@@ -160,12 +172,17 @@ def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
     )
 
     def tasks(dataset: TaskDataset | None, process: TaskProcessor, limit: int | None = None) -> tuple[Task, ...]:
-        batches = () if dataset is None else one_pass(dataset, 256, process)
-        return tuple(task for batch in batches for task in batch)[:limit]
+        if dataset is None:
+            return ()
+        usable = tuple(task for batch in one_pass(dataset, 256, process) for task in batch)
+        if not usable:
+            raise DataError("all prompts of a validation or test set are too long; raise data.max_input_seq_length")
+        return usable[:limit]
 
     base: dict[str, tuple[Task, ...]] = {}
     if config.grpo.report_base_model and test is not None and isinstance(data.test, ArithmeticDataConfig):
-        for name, prompt_format in best_prompts().items():
+        others = {name: form for name, form in best_prompts().items() if form != processor.prompt_format}
+        for name, prompt_format in others.items():
             base[name] = tasks(test, replace(processor, prompt_format=prompt_format, max_input_length=None))
     return Problems(loader, tasks(validation, processor, config.grpo.max_val_samples), tasks(test, processor), base)
 
@@ -181,6 +198,28 @@ def _prompt_format(config: GRPOConfig) -> PromptFormat:
 
     prompt = config.data.prompt or text(config.data.prompt_file, "prompt_file") or "{}"
     return PromptFormat(prompt=prompt, system_prompt=text(config.data.system_prompt_file, "system_prompt_file"))
+
+
+def _rollout_source(
+    config: GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    generator: Sampler,
+    environments: Mapping[str, Environment],
+    validation: tuple[Task, ...],
+    runner: asyncio.Runner,
+) -> RolloutSource:
+    return RolloutSource(
+        generator=generator,
+        environments=environments,
+        decode=_decoder(tokenizer),
+        sampling=sampling_params(config, tokenizer),
+        group_size=config.grpo.num_generations_per_prompt,
+        seed=config.grpo.seed,
+        max_failed_share=config.grpo.max_failed_group_share,
+        deadline_seconds=config.grpo.max_rollout_seconds,
+        validation=validation,
+        runner=runner,
+    )
 
 
 def sampling_params(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
@@ -201,11 +240,15 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Tensor], str]:
     return lambda token_ids: cast(str, tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _executor(config: GRPOConfig) -> Executor:
-    """Make the executor, after refusing what this build cannot run, before anything is loaded."""
-    if config.policy.device == "cuda" and not torch.cuda.is_available() and config.cluster.executor == "local":
+def _check_devices(config: GRPOConfig) -> None:
+    """Refuse a run that this process would have to do on a GPU it lacks; with Ray, the cluster says what it has."""
+    if config.cluster.executor != "local" or torch.cuda.is_available():
+        return
+    if config.policy.device == "cuda":
         raise ConfigError("policy.device is cuda and torch finds no GPU here; set it to auto or cpu")
-    return make_executor(config.cluster.executor, startup_timeout_seconds=config.cluster.startup_timeout_seconds)
+    if config.cluster.gpus_per_node > 0:
+        asked = config.cluster.gpus_per_node
+        raise ConfigError(f"cluster.gpus_per_node is {asked} and torch finds no GPU here; set it to 0")
 
 
 def _close_all(runner: asyncio.Runner, environments: Mapping[str, Environment]) -> None:

@@ -8,8 +8,13 @@ from nemo_rl.objectives.advantages import group_advantages
 from nemo_rl.objectives.weights import loss_weights
 
 
-def policy_batch(config: GRPOConfig, groups: list[RolloutGroup]) -> tuple[TokenBatch, Metrics]:
+def policy_batch(config: GRPOConfig, groups: list[RolloutGroup], *, version: int) -> tuple[TokenBatch, Metrics]:
     """Lay the groups out as a batch with the sequence columns `advantages` float32 [B] and `valid` bool [B].
+
+    Args:
+        config: of the run.
+        groups: judged groups, at least one.
+        version: of the weights that are about to be trained.
 
     Returns:
         The batch, and figures of the advantages, tokens and staleness.
@@ -24,10 +29,13 @@ def policy_batch(config: GRPOConfig, groups: list[RolloutGroup]) -> tuple[TokenB
         normalize=config.grpo.normalize_rewards,
         valid=valid,
     )
+    staleness = [version - rollout.policy_version for group in groups for rollout in group.rollouts]
     metrics: Metrics = {
         "advantages/mean": Mean(float(advantages.sum()), len(advantages)),
         "advantages/min": Min(float(advantages.min())),
         "advantages/max": Max(float(advantages.max())),
+        "staleness/mean": Mean(sum(staleness), len(staleness)),
+        "staleness/max": Max(max(staleness)),
         "share_filtered": Mean(float((~valid).sum()), len(valid)),
         "tokens_collected": Sum(batch.num_tokens),
         "tokens_sampled": Sum(float(batch.token_columns["loss_mask"].sum())),

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType, TracebackType
 from typing import Self
@@ -40,16 +40,16 @@ class Run:
         self._logger = logger
         self._timer = timer
         self._deadline = config.checkpointing.must_save_by_seconds
-        self._started = time.monotonic()
-        self._loader: TaskLoader | None = None
         self._handler: signal.Handlers | Callable[[int, FrameType | None], object] | int | None = None
         self._before_step: dict[str, float] = {}
         self._longest_step = 0.0
         self._step_began = time.monotonic()
+        self._ending = False
         self.checkpoints = checkpoints
         self.console = console
         self.info = info
         self.interrupted = False
+        self.finished = False
         self.tokens_sampled = 0.0
         self.saved_step = info.step
         self.step = info.step
@@ -71,26 +71,25 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self.console.note(f"finishing step {self.step + 1}, then saving; press Ctrl-C again to stop at once")
+        with suppress(RuntimeError):  # Python forbids a write within a write to the same stream
+            self.console.note("stopping: the step at hand is finished and saved first; Ctrl-C again stops at once")
 
     def steps(self, loader: TaskLoader) -> Iterator[int]:
         """Count the steps still to do, from 1; ends when steps, epochs or time are used up, or on Ctrl-C."""
-        self._loader = loader
-        while not self.over:
+        self._step_began = time.monotonic()
+        self._decide(loader)
+        while not self._ending:
             self._before_step = self._timer.seconds
             self._step_began = time.monotonic()
             yield self.step + 1
+            self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
 
-    @property
-    def over(self) -> bool:
-        """Whether the last step that was recorded is the last of this run."""
-        limits = self._config.grpo
-        epochs = limits.max_num_epochs
-        out_of_data = epochs is not None and self._loader is not None and self._loader.epoch >= epochs
-        out_of_time = self._deadline is not None and (
-            time.monotonic() - self._started + self._longest_step > self._deadline
-        )
-        return self.step >= limits.max_num_steps or out_of_data or out_of_time or self.interrupted
+    def _decide(self, loader: TaskLoader) -> None:
+        """Settle whether another step follows; only before a step is saved, so that the last one always is."""
+        self.finished = is_used_up(self._config, self.step, loader)
+        longest_step = max(self._longest_step, time.monotonic() - self._step_began)
+        out_of_time = self._deadline is not None and self._timer.total + longest_step > self._deadline
+        self._ending = self.finished or out_of_time or self.interrupted
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
@@ -104,17 +103,20 @@ class Run:
         """Log the figures and rollouts of a step and show them."""
         self.step = step
         elapsed = time.monotonic() - self._step_began
-        self._longest_step = max(self._longest_step, elapsed)
         seconds = {name: total - self._before_step.get(name, 0.0) for name, total in self._timer.seconds.items()}
         sampled = metrics["train/tokens_sampled"].value
         self.tokens_sampled += sampled
         timing: Metrics = {f"timing/{name}_seconds": Sum(value) for name, value in seconds.items() if value > 0}
         timing["timing/step_seconds"] = Sum(elapsed)
         timing["timing/tokens_per_second"] = Sum(sampled / elapsed)
+        worked_on = {"generate": "train/tokens_sampled", "logprobs": "train/tokens", "train": "train/tokens"}
+        for phase, tokens in worked_on.items():
+            if tokens in metrics and seconds.get(phase):
+                timing[f"timing/{phase}_tokens_per_second"] = Sum(metrics[tokens].value / seconds[phase])
         self._logger.log(step, metrics | timing)
         self._logger.log_rollouts(step, groups, advantages)
         figures = scalars(metrics)
-        self.info = replace(self.info, step=step, metrics={**self.info.metrics, **figures})
+        self.info = replace(self.info, step=step, metrics=figures)
         self.console.step(
             step,
             reward=figures["train/reward/mean"],
@@ -126,9 +128,11 @@ class Run:
     def keep(self, step: int, policy: Stateful, loader: TaskLoader, *, validate: Validate) -> None:
         """Validate and save after a step, where the configuration or the end of the run asks for it."""
         limits, saving = self._config.grpo, self._config.checkpointing
-        if (limits.val_period and step % limits.val_period == 0) or (self.over and limits.val_at_end):
+        self._decide(loader)
+        if (limits.val_period and step % limits.val_period == 0) or (self._ending and limits.val_at_end):
             self.validate(step, validate)
-        if saving.enabled and (step % saving.save_period == 0 or self.over):
+            self._decide(loader)  # meanwhile Ctrl-C may have come
+        if saving.enabled and (step % saving.save_period == 0 or self._ending):
             with self.phase("save"):
                 self.checkpoints.save(self.info, policy, loader)
             self.saved_step = step
@@ -149,6 +153,12 @@ class Run:
     def log_outcome(self, name: str, value: float) -> None:
         """Log a figure of the whole run at the current step."""
         self._logger.log(self.step, {name: Sum(value)})
+
+
+def is_used_up(config: GRPOConfig, step: int, loader: TaskLoader) -> bool:
+    """Whether the steps or the epochs of a run are used up after `step`."""
+    epochs = config.grpo.max_num_epochs
+    return step >= config.grpo.max_num_steps or (epochs is not None and loader.epoch >= epochs)
 
 
 def _sample(group: RolloutGroup) -> Sample:

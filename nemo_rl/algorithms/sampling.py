@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_rl.data.types import RolloutGroup, SamplingParams, Task
 from nemo_rl.errors import RolloutError
 from nemo_rl.interfaces import Environment, Sampler
-from nemo_rl.metrics import Mean, Metrics, merge
+from nemo_rl.metrics import Metrics, Sum
 from nemo_rl.rollouts.collect import Collected, collect, request_seed
 
 
@@ -24,7 +24,7 @@ class RolloutSource:
         sampling: of training rollouts; validation is greedy with the same budget and stops.
         group_size: rollouts of a task in training.
         seed: of the run; every step has random draws of its own.
-        max_failed_share: a step with a larger share of dropped groups stops the run.
+        max_failed_share: a step or validation with a larger share of dropped groups stops the run.
         deadline_seconds: time to judge a step's rollouts.
         validation: the tasks of `validate`.
         runner: the event loop that all rollouts of a run share.
@@ -49,12 +49,7 @@ class RolloutSource:
         """
         tasks = tuple(tasks)
         collected = self._collect(tasks, self.sampling, self.group_size, step)
-        failed = len(collected.dropped)
-        if failed > self.max_failed_share * len(tasks) or not collected.groups:
-            raise RolloutError(
-                f"{failed} of {len(tasks)} groups of step {step} failed, more than grpo.max_failed_group_share = "
-                f"{self.max_failed_share:g} allows; the first: {collected.dropped[0].message}"
-            )
+        self._check(collected, f"step {step}")
         return replace(collected, metrics=collected.metrics | self.generator.metrics())
 
     def validate(self, tasks: Iterable[Task] | None = None) -> tuple[Metrics, list[RolloutGroup]]:
@@ -62,27 +57,32 @@ class RolloutSource:
 
         Returns:
             `accuracy` (the share judged right by environments that tell right from wrong), `reward`, `response_length`
-            and `share_truncated`; and the rollouts.
+            and `share_truncated`, of the `num_tasks` that could be judged, `dropped_groups`; and the rollouts.
 
         Raises:
-            RolloutError: an environment could not judge some of them.
+            RolloutError: more tasks could not be judged than the run tolerates, or all of them.
         """
         tasks = self.validation if tasks is None else tuple(tasks)
         collected = self._collect(tasks, replace(self.sampling, temperature=0.0), 1, 0)
         self.generator.metrics()
-        if collected.dropped:
-            raise RolloutError(
-                f"{len(collected.dropped)} of {len(tasks)} validation tasks could not be judged; the first: "
-                f"{collected.dropped[0].message}"
-            )
+        self._check(collected, "the validation")
         kept = {
             "environment/accuracy": "accuracy",
             "reward/mean": "reward",
             "response_length/mean": "response_length",
             "share_truncated": "share_truncated",
+            "dropped_groups": "dropped_groups",
         }
         metrics = {short: collected.metrics[name] for name, short in kept.items() if name in collected.metrics}
-        return merge([metrics, {"num_tasks": Mean(len(tasks))}]), collected.groups
+        return metrics | {"num_tasks": Sum(len(collected.groups))}, collected.groups
+
+    def _check(self, collected: Collected, where: str) -> None:
+        failed, total = len(collected.dropped), len(collected.dropped) + len(collected.groups)
+        if failed > self.max_failed_share * total or failed == total:
+            raise RolloutError(
+                f"{failed} of {total} groups of {where} failed and grpo.max_failed_group_share is "
+                f"{self.max_failed_share:g}; the first: {collected.dropped[0].message}"
+            )
 
     def _collect(self, tasks: tuple[Task, ...], sampling: SamplingParams, group_size: int, step: int) -> Collected:
         return self.runner.run(

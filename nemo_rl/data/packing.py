@@ -6,7 +6,8 @@ token is computed once and its gradient is the sum over all sequences that run t
 Plain packing is the same tree without sharing.
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -92,43 +93,35 @@ def _common_prefix(sequences: Sequence[TokenArray], scan: int) -> int:
     return agreed
 
 
-def _grow(
-    layout: _Layout, members: dict[int, TokenArray], start: int, scan: int, ancestors: TokenArray, min_shared: int
-) -> None:
-    """Lay out members that agree on all tokens before `scan`; the stream already holds those before `start`."""
-    end = _common_prefix(list(members.values()), scan)
-    ending = [index for index, sequence in members.items() if len(sequence) == end]
-    if end > start and (len(members) == len(ending) or end - start >= min_shared):
-        path = layout.emit(next(iter(members.values()))[start:end], start, ancestors)
-        start = end
-    else:
-        path = ancestors
-    if ending:  # at an edge too short to be shared with those that go on, the ones that stop get a copy
-        tail = path if start == end else layout.emit(members[ending[0]][start:end], start, path)
-        layout.where.update(dict.fromkeys(ending, tail))
-    branches: dict[int, dict[int, TokenArray]] = {}
-    for index, sequence in members.items():
-        if len(sequence) > end:
-            branches.setdefault(int(sequence[end]), {})[index] = sequence
-    for branch in branches.values():
-        _grow(layout, branch, start, end, path, min_shared)
+def _share(layout: _Layout, sequences: dict[int, TokenArray], min_shared: int) -> None:
+    """Lay out the sequences as a prefix tree, depth first."""
+    pending = [(sequences, 0, 0, np.arange(0))]
+    while pending:
+        # the members agree on all tokens before `scan`, of which the stream holds those before `start`, at `path`
+        members, start, scan, path = pending.pop()
+        end = _common_prefix(list(members.values()), scan)
+        ending = [index for index, sequence in members.items() if len(sequence) == end]
+        if end > start and (len(members) == len(ending) or end - start >= min_shared):
+            path = layout.emit(next(iter(members.values()))[start:end], start, path)
+            start = end
+        if ending:  # at an edge too short to be shared with those that go on, the ones that stop get a copy
+            tail = path if start == end else layout.emit(members[ending[0]][start:end], start, path)
+            layout.where.update(dict.fromkeys(ending, tail))
+        branches: dict[int, dict[int, TokenArray]] = {}
+        for index, sequence in members.items():
+            if len(sequence) > end:
+                branches.setdefault(int(sequence[end]), {})[index] = sequence
+        pending += [(branch, start, end, path) for branch in reversed(branches.values())]
 
 
 def _lay_out(sequences: Sequence[TokenArray], *, share_prefixes: bool, min_shared: int) -> _Layout:
-    layout = _Layout()
     nothing = np.arange(0)
+    layout = _Layout(where={index: nothing for index, sequence in enumerate(sequences) if not len(sequence)})
+    present = {index: sequence for index, sequence in enumerate(sequences) if len(sequence)}
     if not share_prefixes:
-        for index, sequence in enumerate(sequences):
-            layout.where[index] = layout.emit(sequence, 0, nothing)
-        return layout
-    roots: dict[int, dict[int, TokenArray]] = {}
-    for index, sequence in enumerate(sequences):
-        if len(sequence):
-            roots.setdefault(int(sequence[0]), {})[index] = sequence
-        else:
-            layout.where[index] = nothing
-    for members in roots.values():
-        _grow(layout, members, 0, 0, nothing, min_shared)
+        layout.where.update({index: layout.emit(sequence, 0, nothing) for index, sequence in present.items()})
+    elif present:
+        _share(layout, present, min_shared)
     return layout
 
 
@@ -185,8 +178,8 @@ def _needed(batch: TokenBatch) -> tuple[list[TokenArray], list[TokenArray]]:
 def build_stream(batch: TokenBatch, *, share_prefixes: bool = True, min_shared: int = 8) -> Stream:
     """Lay a batch (with a `loss_mask` column) out as one stream.
 
-    Tokens after the last predicting one never enter the model, and a prefix of at least `min_shared` tokens that
-    several sequences have in common (or a whole sequence that stands several times) enters it once.
+    Tokens after the last predicting one never enter the model. A run of at least `min_shared` tokens that several
+    sequences have in common, beyond what they share already, enters it once; so does a sequence that stands twice.
 
     Raises:
         DataError: if no token carries loss, or the first token of a sequence does.
@@ -219,18 +212,21 @@ def micro_batches(
     """
     inputs, wanted = _needed(batch)
     groups: dict[int, list[int]] = {}
-    for index, group in enumerate(batch.group_ids.tolist()):
+    for index, group_id in enumerate(batch.group_ids.tolist()):
         if len(wanted[index]):
-            groups.setdefault(group, []).append(index)
+            groups.setdefault(group_id, []).append(index)
 
     def cost(indices: Sequence[int]) -> int:
         chosen = [inputs[i] for i in indices]
         return _lay_out(chosen, share_prefixes=share_prefixes, min_shared=min_shared).length
 
     pieces: list[tuple[list[int], int]] = []
-    for indices in groups.values():
-        whole = cost(indices)
-        pieces += [(indices, whole)] if whole <= max_tokens else [([i], len(inputs[i])) for i in indices]
+    for group in groups.values():
+        rest = group
+        while rest:
+            fitting = rest[: _num_fitting(rest, max_tokens, cost)]
+            pieces.append((fitting, cost(fitting)))
+            rest = rest[len(fitting) :]
     part: list[int] = []
     filled = 0
     for indices, tokens in pieces:
@@ -241,3 +237,9 @@ def micro_batches(
         filled += tokens
     if part:
         yield batch.select(torch.tensor(part))
+
+
+def _num_fitting(indices: Sequence[int], max_tokens: int, cost: Callable[[Sequence[int]], int]) -> int:
+    """How many of the first sequences fit into the budget together, at least one; more sequences never cost less."""
+    sizes = range(1, len(indices) + 1)
+    return max(1, bisect_right(sizes, max_tokens, key=lambda size: cost(indices[:size])))

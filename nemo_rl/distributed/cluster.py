@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,8 @@ class RayCluster:
         if self._joined:
             return
         try:
+            if not self.is_own:
+                _knock(address or "")
             ray.init(
                 "local" if self.is_own else address,
                 num_cpus=num_cpus if self.is_own else None,
@@ -132,6 +135,13 @@ class RayCluster:
             f"{_say(ray.available_resources())} free: lower the request in the `cluster` section, "
             "add nodes, or end what holds them"
         )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nothing listens at `[ray://]host:port`: Ray itself would try for minutes without a word."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=QUIET_SECONDS).close()
 
 
 def _bundle(resources: Resources) -> Bundle:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_rl.data.packing import PromptStream
-from nemo_rl.models.attention import TreeAttention
+from nemo_rl.models.attention import TreeAttention, masked_attention
 
 
 class KVCache:
@@ -21,28 +20,29 @@ class KVCache:
         """Keys and values [slots, A_kv, capacity, D] of a layer; `like` [*, A_kv, D] gives heads, dtype and device."""
         if self._storage is None:
             num_layers, num_slots, capacity = self._shape
-            self._storage = like.new_empty((num_layers, 2, num_slots, like.shape[1], capacity, like.shape[2]))
+            # zeros: what a mask hides must still be finite
+            self._storage = like.new_zeros((num_layers, 2, num_slots, like.shape[1], capacity, like.shape[2]))
         return self._storage[layer, 0], self._storage[layer, 1]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot to another."""
+    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copy the first `length` positions of slots to others, all at once: a slot may be in both lists."""
         if self._storage is not None:
-            self._storage[:, :, target, :, :length] = self._storage[:, :, source, :, :length]
+            self._storage[:, :, list(targets), :, :length] = self._storage[:, :, list(sources), :, :length]
 
 
 class PrefillAttention:
-    """Attends along the prompts' prefix tree and leaves every request's keys and values in its slot."""
+    """Attends along the prompts' prefix tree and leaves every prompt's keys and values in its slot."""
 
-    def __init__(self, cache: KVCache, prompts: PromptStream, slots: Sequence[int], prompt_of: Sequence[int]) -> None:
-        """Send prompt `prompt_of[i]` of the stream to slot `slots[i]`; a group's prompt runs once and is kept G times."""
-        device = prompts.input_ids.device
-        where = [prompts.where[p] for p in prompt_of]
+    def __init__(
+        self, cache: KVCache, prompts: PromptStream, slots: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        """Keep prompt i of the stream in slot `slots[i]`."""
         self._cache = cache
         self._tree = TreeAttention(prompts.tree, device)
-        self._source = torch.cat(where).to(device)
-        lengths = torch.tensor([len(w) for w in where])
+        self._source = torch.cat(prompts.where).to(device)
+        lengths = torch.tensor([len(where) for where in prompts.where])
         self._slot = torch.repeat_interleave(torch.tensor(slots), lengths).to(device)
-        self._position = torch.cat([torch.arange(len(w)) for w in where]).to(device)
+        self._position = torch.cat([torch.arange(length) for length in lengths.tolist()]).to(device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
         """See `nemo_rl.models.attention.AttentionPlan`."""
@@ -69,18 +69,15 @@ class DecodeAttention:
         values[self._rows, :, self._positions] = v
         n = len(self._rows)
         queries = q.unflatten(1, (k.shape[1], -1))
-        output = F.scaled_dot_product_attention(
-            queries,
-            keys[:n, :, : self._longest],
-            values[:n, :, : self._longest],
-            attn_mask=self._mask(window),
-            scale=scale,
+        output = masked_attention(
+            queries, keys[:n, :, : self._longest], values[:n, :, : self._longest], self._mask(window, q.dtype), scale
         )
         return output.flatten(1, 2)
 
-    def _mask(self, window: int) -> Tensor:
-        """Bool [n, 1, 1, longest]."""
+    def _mask(self, window: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask [n, 1, 1, longest]."""
         if window not in self._masks:
-            seen = self._distance >= 0
-            self._masks[window] = (seen & (self._distance < window) if window else seen)[:, None, None]
+            hidden = (self._distance < 0) | (self._distance >= window) if window else self._distance < 0
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self._masks[window] = mask[:, None, None]
         return self._masks[window]

@@ -6,34 +6,16 @@ leave the batch the moment they finish, and waiting requests take their slots.
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from nemo_rl.data.packing import prompt_stream
-from nemo_rl.data.types import Completion, GenerationRequest, StopReason
+from nemo_rl.data.types import Completion, GenerationRequest
 from nemo_rl.errors import BackendError
-from nemo_rl.generation.cache import DecodeAttention, KVCache, PrefillAttention
-from nemo_rl.generation.sampling import Sampler, uniforms
+from nemo_rl.generation.batch import Counts, RunningBatch
 from nemo_rl.metrics import Metrics, Sum
 from nemo_rl.models.causal_lm import CausalLM
-
-
-@dataclass(slots=True)
-class _Row:
-    """A running request: which one it is, its random numbers, and what it has sampled so far."""
-
-    index: int
-    request: GenerationRequest
-    uniform: list[float]
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Tokens whose keys and values are in the cache once the newest token has been fed."""
-        return len(self.request.prompt_ids) + len(self.token_ids)
 
 
 class HFGenerator:
@@ -59,7 +41,7 @@ class HFGenerator:
         self._max_batch_size = max_batch_size
         self._autocast = autocast
         self._version = 0
-        self._counts = {"prompt_tokens": 0, "prompt_tokens_computed": 0, "sampled_tokens": 0}
+        self._counts = Counts()
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Sample a completion for every request, in a thread so that others can go on meanwhile."""
@@ -69,7 +51,7 @@ class HFGenerator:
         """Sample a completion for every request; the answers come in the order of the requests.
 
         Raises:
-            BackendError: if a request has stop strings and there is nothing to decode with, or an empty prompt.
+            BackendError: if a request has an empty prompt or budget, or stop strings and there is no `decode`.
         """
         if any(request.sampling.stop_strings for request in requests) and self._decode is None:
             raise BackendError(
@@ -79,19 +61,34 @@ class HFGenerator:
             raise BackendError(
                 "a generation request has an empty prompt; give it at least one token (such as the BOS token)"
             )
+        if any(request.sampling.max_new_tokens < 1 for request in requests):
+            raise BackendError("a generation request asks for no token; set its max_new_tokens to at least 1")
         if not requests:
             return []
         device = self._model.head.weight.device
         with torch.inference_mode(), torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
-            return _Batch(self._model, requests, self._max_batch_size, self._decode, self._version, self._counts).run()
+            batch = RunningBatch(
+                self._model,
+                requests,
+                max_batch_size=self._max_batch_size,
+                decode=self._decode,
+                counts=self._counts,
+            )
+            rows = batch.run()
+        return [row.completion(self._version) for row in rows]  # tensors made in inference mode could not be trained on
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]] | None, version: int) -> None:
-        """Answer as `version` from now on; `weights` None means that they are shared and already in place."""
-        if weights is not None:
-            known = dict(self._model.module.named_parameters())
-            with torch.no_grad():
-                for name, tensor in weights:
-                    known[name].copy_(tensor)
+        """Answer as `version` from now on; `weights` None means that they are shared and already in place.
+
+        Raises:
+            BackendError: the model has no weight of that name.
+        """
+        known = dict(self._model.module.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, tensor in weights or ():
+                if name not in known:
+                    raise BackendError(f"the sampler's model has no weight {name!r}; send it those of the same model")
+                known[name].copy_(tensor)
         self._version = version
 
     def sleep(self) -> None:
@@ -104,120 +101,6 @@ class HFGenerator:
         """Do nothing: keys and values live only within one call."""
 
     def metrics(self) -> Metrics:
-        """Tokens sampled, prompt tokens asked for and prompt tokens computed, since the last call."""
-        metrics: Metrics = {f"generation/{name}": Sum(count) for name, count in self._counts.items()}
-        self._counts.update(dict.fromkeys(self._counts, 0))
-        return metrics
-
-
-class _Batch:
-    """One call of `generate`: requests wait, run in slots 0..n-1 of the cache, and finish."""
-
-    def __init__(
-        self,
-        model: CausalLM,
-        requests: Sequence[GenerationRequest],
-        max_batch_size: int,
-        decode: Callable[[Sequence[int]], str] | None,
-        version: int,
-        counts: dict[str, int],
-    ) -> None:
-        self._model = model
-        self._decode = decode
-        self._version = version
-        self._counts = counts
-        self._device = model.head.weight.device
-        self._completions: dict[int, Completion] = {}
-        # the longest budgets start first, so that no long request runs alone at the end
-        order = sorted(range(len(requests)), key=lambda i: -requests[i].sampling.max_new_tokens)
-        self._waiting = [(i, requests[i]) for i in order]
-        self._running: list[_Row] = []
-        self._num_slots = min(max_batch_size, len(requests))
-        self._sampler: Sampler | None = None
-        self._cache = KVCache(
-            num_layers=model.module.config.num_hidden_layers,
-            num_slots=self._num_slots,
-            capacity=max(len(r.prompt_ids) + r.sampling.max_new_tokens for r in requests),
-        )
-
-    def run(self) -> list[Completion]:
-        while self._waiting or self._running:
-            free = self._num_slots - len(self._running)
-            # a prefill is cheap per token only in company: wait for a quarter of the slots
-            if self._waiting and free and (not self._running or free >= min(len(self._waiting), self._num_slots // 4)):
-                self._admit(free)
-            else:
-                self._step()
-        return [self._completions[i] for i in range(len(self._completions))]
-
-    def _admit(self, free: int) -> None:
-        """Prefill the next requests into free slots and sample their first tokens."""
-        taken, self._waiting = self._waiting[:free], self._waiting[free:]
-        first = len(self._running)
-        rows = [_Row(i, r, uniforms(r.seed, r.sampling.max_new_tokens).tolist()) for i, r in taken]
-        number: dict[bytes, int] = {}
-        prompt_of = [number.setdefault(r.request.prompt_ids.numpy().tobytes(), len(number)) for r in rows]
-        unique = [rows[prompt_of.index(p)].request.prompt_ids for p in range(len(number))]
-        stream = prompt_stream(unique)
-        plan = PrefillAttention(self._cache, stream, range(first, first + len(rows)), prompt_of)
-        hidden = self._model.hidden(stream.input_ids.to(self._device), stream.position_ids.to(self._device), plan)
-        last = torch.tensor([int(where[-1]) for where in stream.where], device=self._device)
-        logits = self._model.logits(hidden[last])[torch.tensor(prompt_of, device=self._device)]
-        self._counts["prompt_tokens"] += sum(len(row.request.prompt_ids) for row in rows)
-        self._counts["prompt_tokens_computed"] += len(stream.input_ids)
-        self._running += rows
-        self._sampler = None
-        self._take(logits, rows, Sampler([row.request.sampling for row in rows], self._device))
-        self._retire()
-
-    def _step(self) -> None:
-        """Feed every running row its newest token and sample the next one."""
-        positions = torch.tensor([row.length - 1 for row in self._running], device=self._device)
-        newest = torch.tensor([row.token_ids[-1] for row in self._running], device=self._device)
-        hidden = self._model.hidden(newest, positions, DecodeAttention(self._cache, positions))
-        if self._sampler is None:
-            self._sampler = Sampler([row.request.sampling for row in self._running], self._device)
-        self._take(self._model.logits(hidden), self._running, self._sampler)
-        self._retire()
-
-    def _take(self, logits: Tensor, rows: Sequence[_Row], sampler: Sampler) -> None:
-        uniform = torch.tensor([row.uniform[len(row.token_ids)] for row in rows], device=self._device)
-        tokens, logprobs = sampler(logits, uniform)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.token_ids.append(token)
-            row.logprobs.append(logprob)
-        self._counts["sampled_tokens"] += len(rows)
-
-    def _retire(self) -> None:
-        """Finish rows and let the last running row take each freed slot, so that running rows stay contiguous."""
-        for slot in reversed(range(len(self._running))):
-            row = self._running[slot]
-            reason = self._stop_reason(row)
-            if reason is None:
-                continue
-            self._completions[row.index] = Completion(
-                token_ids=torch.tensor(row.token_ids),
-                logprobs=torch.tensor(row.logprobs),
-                stop_reason=reason,
-                policy_version=self._version,
-            )
-            last = self._running.pop()
-            self._sampler = None
-            if last is not row:
-                self._running[slot] = last
-                self._cache.move(len(self._running), slot, last.length)
-
-    def _stop_reason(self, row: _Row) -> StopReason | None:
-        sampling = row.request.sampling
-        if row.token_ids[-1] in sampling.stop_token_ids or self._ends_with_stop_string(row):
-            return "stop"
-        return "length" if len(row.token_ids) >= sampling.max_new_tokens else None
-
-    def _ends_with_stop_string(self, row: _Row) -> bool:
-        """Whether the newest token completed a stop string: only then is it in the text and was not before."""
-        strings = row.request.sampling.stop_strings
-        if not strings or self._decode is None:
-            return False
-        tail = row.token_ids[-(max(len(s.encode()) for s in strings) + 8) :]  # every token spells at least one byte
-        text = self._decode(tail)
-        return any(string in text for string in strings)
+        """Count since the last call: tokens asked for (`prompt_tokens`, `sampled_tokens`) and `_computed` for them."""
+        counts, self._counts = self._counts, Counts()
+        return {f"generation/{name}": Sum(count) for name, count in asdict(counts).items()}

@@ -18,7 +18,7 @@ def uniforms(seed: int, length: int) -> Tensor:
 
 
 class Sampler:
-    """Samples one token per row, each row by its own `SamplingParams`.
+    """Samples tokens, each row of logits by its own `SamplingParams`.
 
     Build it once per set of rows; the common case (no truncation) never sorts.
     """
@@ -27,7 +27,7 @@ class Sampler:
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, device=device)[:, None]
 
-        self._greedy = torch.tensor([p.temperature == 0 for p in params], device=device)
+        self._greedy = torch.tensor([p.temperature == 0 for p in params], device=device)[:, None]
         self._any_greedy = bool(self._greedy.any())
         self._all_greedy = bool(self._greedy.all())
         self._temperature = column([p.temperature or 1.0 for p in params])
@@ -38,11 +38,13 @@ class Sampler:
         self._truncates = any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params)
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample from logits float32 [n, V] at uniform float32 [n]: tokens int64 [n], log-probabilities float32 [n].
+        """Sample K tokens a row from logits float32 [n, V] at uniform float32 [n, K], in [0, 1).
 
-        A greedy row's distribution is certain, so its log-probability is 0. The logits may be overwritten.
+        Returns:
+            tokens int64 [n, K] and their log-probabilities float32 [n, K]. A greedy row's distribution is certain, so
+            its log-probability is 0. The logits may be overwritten.
         """
-        best = logits.argmax(-1) if self._any_greedy else None
+        best = logits.argmax(-1, keepdim=True).expand_as(uniform) if self._any_greedy else None
         if self._all_greedy and best is not None:
             return best, torch.zeros_like(uniform)
         if self._scaled:
@@ -51,18 +53,19 @@ class Sampler:
             logits = self._truncated(logits)
         mass = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         cumulative = mass.cumsum(-1)
-        total = cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, (uniform * total)[:, None], right=True)[:, 0]
-        # rounding can push the very last number past the end; the likeliest token is always a legal answer
-        tokens = torch.where(tokens < logits.shape[-1], tokens, mass.argmax(-1))
-        logprobs = (mass.gather(-1, tokens[:, None])[:, 0] / total).log()
+        total = cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, uniform * total, right=True)
+        beyond = tokens == logits.shape[-1]
+        if beyond.any():  # rounding can push the very last number past the end; the likeliest token is always legal
+            tokens = torch.where(beyond, mass.argmax(-1, keepdim=True), tokens)
+        logprobs = (mass.gather(-1, tokens) / total).log()
         if best is None:
             return tokens, logprobs
         return torch.where(self._greedy, best, tokens), torch.where(self._greedy, 0.0, logprobs)
 
     def _truncated(self, logits: Tensor) -> Tensor:
         """Set the logits that top-k, then top-p, then min-p remove to -inf; the best token always stays."""
-        ordered, order = logits.sort(-1, descending=True, stable=True)
+        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
         rank = torch.arange(logits.shape[-1], device=logits.device)
         removed = (self._top_k > 0) & (rank >= self._top_k)
         probability = ordered.masked_fill(removed, -torch.inf).softmax(-1)

@@ -53,7 +53,8 @@ def _attention(
             "attention with soft-capped scores is not supported; choose a model without attn_logit_softcapping"
         )
     layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # under autocast the rotary embedding leaves queries and keys in float32, and values are in the dtype to compute in
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return attention_plan.attend(layer, q, k, v, scale=scale, window=sliding_window or 0)[None], None
 
@@ -140,7 +141,7 @@ class TreeAttention:
             )
         else:
             mask = self._mask(number, shared, window, q.dtype)
-            output = _attend(queries.flatten(2, 3), keys, values, mask, scale)
+            output = masked_attention(queries.flatten(2, 3), keys, values, mask, scale)
         return output.view(n, k.shape[1] * shared, wide_q, -1).transpose(1, 2).flatten(0, 1)
 
     def _mask(self, number: int, shared: int, window: int, dtype: torch.dtype) -> Tensor:
@@ -161,11 +162,11 @@ class TreeAttention:
 
 
 _SMALL = 192
-"""Keys up to which bfloat16 attention on a CPU is faster (3 to 6 times) as two plain products than as one fused call."""
+"""Keys up to which bfloat16 attention on a CPU is faster (3 to 6 times) as two plain products than fused."""
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attend with q [n, A, Q, D], k and v [n, A, K, D] and an additive mask [n, 1, Q, K]."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attend with q [n, A, Q, D], k and v [n, A, K, D] and an additive mask [n, 1, 1 or Q, K]: [n, A, Q, D]."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= _SMALL:
         scores = torch.add(mask, q @ k.transpose(-1, -2), alpha=scale)
         return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v

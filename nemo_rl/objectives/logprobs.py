@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_rl.errors import ConfigError
 
+_BUFFERS = 4
+"""A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenOutputs:
@@ -38,7 +41,8 @@ class TokenHead:
 
     Attributes:
         temperature: divides the final logits, as it did when the tokens were sampled.
-        chunk_size: tokens whose logits exist at the same time.
+        chunk_size: all temporary tensors of the head take at most the memory of this many rows of logits [V] (with
+            `softcap`, of a few times as many).
         logit_scale: multiplies the raw logits (Cohere's `logit_scale`, Granite's `1 / logits_scaling`).
         softcap: Gemma's `cap * tanh(x / cap)` after the scale; None for no cap.
         with_entropy: whether to compute the entropies too; NaN if not.
@@ -127,7 +131,7 @@ def token_logprobs(
         weight: [V, H].
         target: int64 [M].
         temperature: of the sampling distribution, positive.
-        chunk_size: at most `chunk_size * V` logits (and, for the entropy, their exponentials) exist at any time.
+        chunk_size: all temporary tensors together take at most the memory of `chunk_size` rows of logits.
         bias: [V] or None.
         with_entropy: whether to compute the entropies too; NaN if not.
 
@@ -141,7 +145,7 @@ def token_logprobs(
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        logprobs, entropy = _ChunkedHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        logprobs, entropy = _ChunkedHead.apply(
             hidden, weight, bias, target, temperature, chunk_size, dtype, with_entropy
         )
     return logprobs, entropy
@@ -217,8 +221,9 @@ class _ChunkedHead(torch.autograd.Function):
         log_sum = torch.empty_like(logprobs)
         entropy = torch.full_like(logprobs, torch.nan)
         matrix = weight.to(dtype)
-        for start in range(0, len(target), chunk_size):
-            rows = slice(start, start + chunk_size)
+        num_rows = max(1, chunk_size // _BUFFERS)
+        for start in range(0, len(target), num_rows):
+            rows = slice(start, start + num_rows)
             logits = _logits(hidden[rows].to(dtype), matrix, bias, temperature)
             highest = logits.amax(-1, keepdim=True)
             chosen = logits.sub_(highest).gather(-1, target[rows, None]).squeeze(-1)
@@ -246,8 +251,7 @@ class _ChunkedHead(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         scale = (grad_logprobs / ctx.temperature)[:, None]
-        # A quarter of the forward pass's logits: the weight's gradient needs room too, and small blocks suit the cache.
-        num_columns = max(1, ctx.chunk_size * len(weight) // max(1, 4 * len(target)))
+        num_columns = max(1, ctx.chunk_size * len(weight) // max(1, _BUFFERS * len(target)))
         with torch.autocast(weight.device.type, enabled=False):
             for start in range(0, len(weight), num_columns):
                 block = slice(start, start + num_columns)

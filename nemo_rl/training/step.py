@@ -4,6 +4,7 @@ A loss is already a sum of `loss_weights * token_loss` over the whole batch, so 
 is cut into micro-batches changes nothing but the memory it takes.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.packing import Stream, build_stream, micro_batches
-from nemo_rl.errors import BackendError
+from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Metrics, Sum, merge
 from nemo_rl.models.attention import TreeAttention
@@ -58,14 +59,12 @@ class Scorer:
             plan = TreeAttention(stream.tree, device)
             hidden = self.model.hidden(stream.input_ids.to(device), stream.position_ids.to(device), plan)
             head = self.model.token_head(temperature=self.temperature, chunk_size=self.chunk_size)
-            logprobs, entropy = head(
-                hidden,
-                self.model.head.weight,
-                stream.predictor.to(device),
-                stream.target.to(device),
-                bias=self.model.head.bias,
-            )
-        return TokenOutputs(policy_logprobs=logprobs, entropy=entropy), stream
+            # equal answers ask for the same predictions: each goes through the head once
+            pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
+            predictor, target = pairs.to(device)
+            logprobs, entropy = head(hidden, self.model.head.weight, predictor, target, bias=self.model.head.bias)
+            place = place.to(device)
+        return TokenOutputs(policy_logprobs=logprobs[place], entropy=entropy[place]), stream
 
 
 def train_step(
@@ -84,6 +83,7 @@ def train_step(
         The objective's metrics, `update`'s, `loss`, and the tokens given, with loss and computed.
 
     Raises:
+        DataError: no token of the batch carries loss.
         BackendError: the loss is not finite; no weight has changed then.
     """
     parts: list[Metrics] = []
@@ -93,7 +93,7 @@ def train_step(
         token_loss, metrics = objective(outputs, tokens)
         loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
         value = loss.item()
-        if not torch.isfinite(loss):
+        if not math.isfinite(value):
             raise BackendError(f"the loss is {value}; lower the learning rate or look at the rollouts of this step")
         loss.backward()
         parts.append(
@@ -105,6 +105,8 @@ def train_step(
                 "micro_batches": Sum(1),
             }
         )
+    if not parts:
+        raise DataError("no token of the batch carries loss; drop such a batch before training on it")
     return merge([*parts, update(), {"tokens": Sum(batch.num_tokens), "largest_micro_batch": _largest(parts)}])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class PolicyWorker:
         self._backend = PyTorchBackend(config, source, tokenizer, with_reference=with_reference)
         self._generator = HFGenerator(
             self._backend.model,
-            decode=tokenizer.decode,
+            decode=lambda token_ids: cast(str, tokenizer.decode(list(token_ids))),
             max_batch_size=config.generation.max_batch_size,
             autocast=self._backend.autocast,
         )

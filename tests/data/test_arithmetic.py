@@ -39,7 +39,7 @@ def test_problems_depend_on_seed_split_and_index_alone() -> None:
     assert [task.index for task in tasks(dataset)] == list(range(50))
 
 
-@pytest.mark.parametrize("kind", ["sum_1_1", "sum_2_1", "sum_2_2", "difference", "product", "chain"])
+@pytest.mark.parametrize("kind", ["sum_1_1", "sum_2_1", "sum_1_2", "sum_2_2", "difference", "product", "chain"])
 def test_expressions_equal_their_ground_truth(kind: str) -> None:
     for task in tasks(ArithmeticDataset(400, mix={kind: 1.0})):
         expression = re.fullmatch(r"What is ([0-9+*\- ]+)\?", task.messages[-1]["content"])
@@ -50,7 +50,7 @@ def test_expressions_equal_their_ground_truth(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "digits"), [("sum_1_1", {(1, 1)}), ("sum_2_1", {(1, 2), (2, 1)}), ("sum_2_2", {(2, 2)})]
+    ("kind", "digits"), [("sum_1_1", {(1, 1)}), ("sum_2_1", {(2, 1)}), ("sum_1_2", {(1, 2)}), ("sum_2_2", {(2, 2)})]
 )
 def test_sums_have_the_digits_of_their_name(kind: str, digits: set[tuple[int, int]]) -> None:
     numbers = [re.findall(r"\d+", question) for question in questions(ArithmeticDataset(300, mix={kind: 1}))]
@@ -148,4 +148,4 @@ def test_impossible_settings_are_refused_in_a_sentence() -> None:
     everything = frozenset(f"What is {left} * {right}?" for left in range(10) for right in range(10))
     with pytest.raises(DataError, match="'product' is excluded"):
         ArithmeticDataset(5, mix={"product": 1.0}, exclude=everything)[0]
-    assert set(KINDS) == {"sum_1_1", "sum_2_1", "sum_2_2", "difference", "product", "word", "chain"}
+    assert set(KINDS) == {"sum_1_1", "sum_2_1", "sum_1_2", "sum_2_2", "difference", "product", "word", "chain"}

@@ -18,7 +18,7 @@ from nemo_rl.data.types import Rollout
 from nemo_rl.distributed.executor import make_executor
 from nemo_rl.distributed.ray_executor import RayExecutor
 from nemo_rl.distributed.worker_group import WorkerGroup
-from nemo_rl.errors import ConfigError, DataError, DependencyError, WorkerError
+from nemo_rl.errors import ConfigError, DataError, WorkerError
 from nemo_rl.interfaces import Executor, Resources
 
 SMALL = Resources(num_cpus=0.5)
@@ -208,12 +208,6 @@ def test_worker_that_does_not_stand_in_time_is_a_sentence(ray_executor: Executor
         pytest.raises(WorkerError, match=r"did not start.*cluster.startup_timeout_seconds=1"),
     ):
         hasty.start(time.sleep, 60, resources=SMALL)
-
-
-def test_missing_ray_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DependencyError, match="uv sync --extra ray"):
-        make_executor("ray")
 
 
 def test_local_executor_does_not_import_ray() -> None:

@@ -179,7 +179,7 @@ def test_no_tensor_of_all_logits_is_ever_made() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         token_logprobs(hidden, weight, torch.arange(num_tokens), chunk_size=chunk_size)[0].sum().backward()
     largest = max(event.cpu_memory_usage for event in profile.events() or [])
-    assert 0 < largest <= 2 * chunk_size * vocabulary * 4 < num_tokens * vocabulary * 4 / 4
+    assert 0 < largest <= chunk_size * vocabulary * 4 < num_tokens * vocabulary * 4 / 8
 
 
 def test_the_head_pickles() -> None:

@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from nemo_rl.config.schema.base import ImportPath, NonNegativeInt, PositiveInt, Section, conflict
 
-type ArithmeticKind = Literal["sum_1_1", "sum_2_1", "sum_2_2", "difference", "product", "word", "chain"]
+type ArithmeticKind = Literal["sum_1_1", "sum_2_1", "sum_1_2", "sum_2_2", "difference", "product", "word", "chain"]
 
 
 def _sums() -> dict[ArithmeticKind, float]:

@@ -36,8 +36,8 @@ class Problem:
 class ArithmeticDataset:
     """Map-style data set of arithmetic tasks.
 
-    Kinds: `sum_1_1`, `sum_2_1`, `sum_2_2` (the digits of the two numbers, one-digit 0..9, two-digit 10..99; `sum_2_1`
-    in either order), `difference` (0..99, never negative), `product` (one-digit), `word` (a story), `chain` (three
+    Kinds: `sum_1_1`, `sum_2_1`, `sum_1_2`, `sum_2_2` (the digits of the first and the second number, one-digit 0..9,
+    two-digit 10..99), `difference` (0..99, never negative), `product` (one-digit), `word` (a story), `chain` (three
     numbers).
 
     The user's message is the bare question; `extra` holds `ground_truth` and `kind`.
@@ -154,12 +154,8 @@ def best_prompts() -> dict[str, PromptFormat]:
     return {
         "plain": PromptFormat(),
         "number_only": PromptFormat("{} Answer with the number only."),
-        "calculator": PromptFormat(system_prompt="You are a calculator. Answer with the number only."),
         "few_shot_text": PromptFormat(few_shot_prompt(4)),
         "few_shot_chat": PromptFormat(examples=tuple(turns)),
-        "few_shot_chat_number_only": PromptFormat(
-            system_prompt="You are a calculator. Answer with the number only.", examples=tuple(turns)
-        ),
     }
 
 
@@ -189,9 +185,11 @@ def _sum_1_1(random: Random) -> Problem:
 
 
 def _sum_2_1(random: Random) -> Problem:
-    numbers = [random.randint(10, 99), random.randint(0, 9)]
-    random.shuffle(numbers)
-    return _sum(*numbers)
+    return _sum(random.randint(10, 99), random.randint(0, 9))
+
+
+def _sum_1_2(random: Random) -> Problem:
+    return _sum(random.randint(0, 9), random.randint(10, 99))
 
 
 def _sum_2_2(random: Random) -> Problem:
@@ -232,6 +230,7 @@ def _word(random: Random) -> Problem:
 KINDS: Mapping[str, Callable[[Random], Problem]] = {
     "sum_1_1": _sum_1_1,
     "sum_2_1": _sum_2_1,
+    "sum_1_2": _sum_1_2,
     "sum_2_2": _sum_2_2,
     "difference": _difference,
     "product": _product,

@@ -66,18 +66,21 @@ class PyTorchBackend:
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step on the whole batch."""
-        return train_step(self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update)
+        try:
+            return train_step(
+                self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update
+            )
+        finally:
+            self._optimizer.zero_grad()  # also those of a step that failed halfway
 
     def _update(self) -> Metrics:
         norm = clip_grad_norm(self._masters.parameters, self._config.max_grad_norm)
         rate = float(self._optimizer.param_groups[0]["lr"])
         if not norm < float("inf"):
-            self._optimizer.zero_grad()
             raise BackendError(
                 f"the gradient norm is {norm}; lower the learning rate or look at the rollouts of this step"
             )
         self._optimizer.step()
-        self._optimizer.zero_grad()
         self._scheduler.step()
         self._masters.publish()
         return {"grad_norm": Mean(norm), "grad_norm_max": Max(norm), "learning_rate": Mean(rate)}
