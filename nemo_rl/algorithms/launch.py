@@ -62,7 +62,7 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig]) -> Outcome:
     timer = PhaseTimer()
     checkpoints = Checkpoints(config.checkpointing, dump_config(config))
     checkpoints.open_folder()
-    _check_devices(config)
+    _check_can_run(config)
     console = Console(
         total_steps=config.grpo.max_num_steps,
         first_step=max(checkpoints.steps(), default=0),
@@ -240,8 +240,23 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Tensor], str]:
     return lambda token_ids: cast(str, tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _check_devices(config: GRPOConfig) -> None:
-    """Refuse a run that this process would have to do on a GPU it lacks; with Ray, the cluster says what it has."""
+def _check_can_run(config: GRPOConfig) -> None:
+    """Refuse what there is no backend or no device for; with Ray, the cluster says which devices it has."""
+    generation, cluster = config.policy.generation, config.cluster
+    if generation.backend != "hf":
+        raise ConfigError(
+            f"policy.generation.backend is {generation.backend}, which this version plans (--dry-run) but does not "
+            "run; set it to hf"
+        )
+    if not generation.colocated.enabled:
+        raise ConfigError(
+            "the hf backend samples in the policy's process; set policy.generation.colocated.enabled=true"
+        )
+    if cluster.num_nodes * cluster.gpus_per_node > 1:
+        raise ConfigError(
+            f"the policy runs in one process on one device, and cluster asks for {cluster.num_nodes} nodes with "
+            f"{cluster.gpus_per_node} GPUs each; set cluster.num_nodes=1 and cluster.gpus_per_node to 0 or 1"
+        )
     if config.cluster.executor != "local" or torch.cuda.is_available():
         return
     if config.policy.device == "cuda":

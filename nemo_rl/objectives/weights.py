@@ -4,7 +4,7 @@ The weights are computed once, with the whole global batch in view; a worker add
 However the batch is then cut into micro-batches, packed or spread over workers, the sum is the same loss.
 """
 
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -72,8 +72,6 @@ def loss_weights(
                     f"{max_response_length}; set it to the token budget of a response"
                 )
             weights = mask / (valid.sum() * max_response_length)
-        case _:
-            assert_never(reduction)
     return weights.float()
 
 

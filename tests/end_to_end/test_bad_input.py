@@ -56,3 +56,22 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_loaded(
     missing_model = f"policy.model_name={tmp_path / 'none'}"
     settings = overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", setting, missing_model)
     assert "torch finds no GPU here" in complaint(settings, capsys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["policy.generation.backend=vllm"], "set it to hf"),
+        (
+            ["policy.generation.colocated={enabled: false, resources: {gpus_per_node: 1}}"],
+            "set policy.generation.colocated.enabled=true",
+        ),
+        (["cluster.gpus_per_node=8"], "runs in one process on one device"),
+    ],
+)
+def test_what_no_backend_can_run_is_refused_before_anything_is_loaded(
+    settings: list[str], expected: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing_model = f"policy.model_name={tmp_path / 'none'}"
+    asked = overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *settings, missing_model)
+    assert expected in complaint(asked, capsys)

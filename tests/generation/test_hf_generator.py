@@ -196,13 +196,40 @@ def test_a_prompt_enters_the_model_once_for_its_whole_group() -> None:
     requests = [
         GenerationRequest(prompt, replace(SAMPLED, max_new_tokens=2), i) for i in range(8) for prompt in (shared, other)
     ]
-    ours.generate_now(requests)
+    completions = ours.generate_now(requests)
+    first_tokens = {(i % 2, int(completion.token_ids[0])) for i, completion in enumerate(completions)}
     assert scalars(ours.metrics()) == {
         "generation/prompt_tokens": 8 * (20 + 17),
         "generation/prompt_tokens_computed": 20 + 5,
         "generation/sampled_tokens": 16 * 2,
+        "generation/sampled_tokens_computed": len(first_tokens),
     }
     assert set(scalars(ours.metrics()).values()) == {0}
+
+
+@pytest.mark.parametrize("slots", [24, 7])
+def test_requests_that_agree_so_far_are_computed_as_one_and_answered_as_if_alone(slots: int) -> None:
+    """At a low temperature samples of a prompt agree for a while; they must part exactly where they would alone."""
+    prompts = [draw(9, 1), draw(9, 1), draw(14, 2)]  # the first two are one prompt
+    sampling = replace(SAMPLED, temperature=0.4, max_new_tokens=12)
+    budgets = [12, 5, 9]
+    requests = [
+        GenerationRequest(prompts[i % 3], replace(sampling, max_new_tokens=budgets[i % 2]), i) for i in range(24)
+    ]
+    ours = generator(tiny_model(), max_batch_size=slots)
+    together = ours.generate_now(requests)
+    computed = scalars(ours.metrics())["generation/sampled_tokens_computed"]
+    alone = [ours.generate_now([request])[0] for request in requests]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+    if slots == 24:  # all run side by side: what enters the model are the distinct beginnings that were continued
+        fed = {
+            (request.prompt_ids.tolist().__repr__(), tuple(completion.token_ids[:end].tolist()))
+            for request, completion in zip(requests, together, strict=True)
+            for end in range(1, len(completion.token_ids))
+        }
+        assert computed == len(fed) < sum(len(completion.token_ids) - 1 for completion in together)
 
 
 def test_weights_changed_in_place_are_what_the_next_call_samples_from() -> None:
