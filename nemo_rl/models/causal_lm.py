@@ -64,8 +64,12 @@ class CausalLM:
             logits *= self.logit_scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
-    def token_head(self, *, temperature: float, chunk_size: int) -> TokenHead:
+    def token_head(self, *, temperature: float, chunk_size: int, with_entropy: bool = True) -> TokenHead:
         """Score tokens without whole logits; see `nemo_rl.objectives.logprobs`."""
         return TokenHead(
-            temperature=temperature, chunk_size=chunk_size, logit_scale=self.logit_scale, softcap=self.softcap
+            temperature=temperature,
+            chunk_size=chunk_size,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            with_entropy=with_entropy,
         )

@@ -51,14 +51,16 @@ class Scorer:
             batch, max_tokens=max_tokens, share_prefixes=self.share_prefixes, min_shared=self.min_shared
         )
 
-    def score(self, batch: TokenBatch) -> tuple[TokenOutputs, Stream]:
+    def score(self, batch: TokenBatch, *, with_entropy: bool = True) -> tuple[TokenOutputs, Stream]:
         """Run the model over one micro-batch: outputs for its M loss tokens, and the stream that produced them."""
         stream = build_stream(batch, share_prefixes=self.share_prefixes, min_shared=self.min_shared)
         device = self.device
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             plan = TreeAttention(stream.tree, device)
             hidden = self.model.hidden(stream.input_ids.to(device), stream.position_ids.to(device), plan)
-            head = self.model.token_head(temperature=self.temperature, chunk_size=self.chunk_size)
+            head = self.model.token_head(
+                temperature=self.temperature, chunk_size=self.chunk_size, with_entropy=with_entropy
+            )
             # equal answers ask for the same predictions: each goes through the head once
             pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
             predictor, target = pairs.to(device)
@@ -120,6 +122,6 @@ def score_tokens(scorer: Scorer, batch: TokenBatch, *, max_tokens: int) -> Tenso
     numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
     with torch.no_grad():
         for micro_batch in scorer.cut(numbered, max_tokens):
-            outputs, stream = scorer.score(micro_batch)
+            outputs, stream = scorer.score(micro_batch, with_entropy=False)
             logprobs[micro_batch.token_columns["position"][stream.token_index]] = outputs.policy_logprobs.cpu()
     return logprobs

@@ -168,11 +168,11 @@ def test_loss_on_a_first_token_is_refused() -> None:
 
 
 def test_a_thousand_turns_that_each_continue_the_last_are_laid_out() -> None:
-    tokens = list(range(1100))
-    batch = make_batch([[(tokens[: n + 2], [False] * (n + 1) + [True]) for n in range(1098)]])
+    tokens = list(range(1000))
+    batch = make_batch([[(tokens[: n + 2], [False] * (n + 1) + [True]) for n in range(998)]])
     stream = build_stream(batch, min_shared=1)
-    assert stream.input_ids.tolist() == tokens[:1098]
-    assert stream.predictor.tolist() == list(range(1098))
+    assert stream.input_ids.tolist() == tokens[:998]
+    assert stream.predictor.tolist() == list(range(998))
 
 
 @settings(max_examples=150, deadline=None)
