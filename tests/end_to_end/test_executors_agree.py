@@ -18,7 +18,16 @@ def test_a_run_under_ray_equals_the_local_one_and_leaves_no_process(tiny_llama: 
     settings = ("policy.train_global_batch_size=6", "loss_fn.reference_policy_kl_penalty=0.1")
     launch(overrides(tiny_llama, reward, tmp_path / "local", *settings))
     before = set(psutil.Process().children(recursive=True))
-    launch(overrides(tiny_llama, reward, tmp_path / "ray", *settings, "cluster.executor=ray"))
+    launch(
+        overrides(
+            tiny_llama,
+            reward,
+            tmp_path / "ray",
+            *settings,
+            "cluster.executor=ray",
+            "cluster.startup_timeout_seconds=250",
+        )
+    )
     assert_same_run(tmp_path / "local", tmp_path / "ray", 3)
 
     deadline = time.monotonic() + 20

@@ -35,7 +35,7 @@ def reward(completion: str) -> float:
 SLOW = VOWELS.replace("    return", "    import time; time.sleep(0.3)\n    return")
 
 
-def wait_for(path: Path, alive: int, seconds: float = 120) -> None:
+def wait_for(path: Path, alive: int, seconds: float = 250) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline and psutil.pid_exists(alive), path
