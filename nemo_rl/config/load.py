@@ -19,6 +19,9 @@ from nemo_rl.config.sources import Key, Tree, read_tree
 from nemo_rl.errors import ConfigError
 
 
+_LINE_BREAKS = "\x85\u2028\u2029"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedConfig[C: Section]:
     """A valid configuration and where it came from.
@@ -55,7 +58,11 @@ def load_config[C: GRPOConfig](path: str | Path | None, overrides: Sequence[str]
 
 def dump_config(config: Section) -> str:
     """The whole configuration, defaults included, as YAML that loads to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    values = config.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if set(text) & set(_LINE_BREAKS):  # PyYAML writes these as they are and reads them as ends of lines
+        return yaml.safe_dump(values, sort_keys=False, width=120)
+    return text
 
 
 def _explain(error: ValidationError, tree: Tree, kind: type[Section]) -> str:
