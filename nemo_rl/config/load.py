@@ -18,7 +18,6 @@ from nemo_rl.config.schema.base import Section
 from nemo_rl.config.sources import Key, Tree, read_tree
 from nemo_rl.errors import ConfigError
 
-
 _LINE_BREAKS = "\x85\u2028\u2029"
 
 

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,9 @@ class PhaseTimer:
 
 def peak_memory_bytes() -> int:
     """The most resident memory that this process has held so far."""
+    with suppress(OSError, StopIteration):  # Linux: `getrusage` would count what the parent held at the fork, too
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

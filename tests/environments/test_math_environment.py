@@ -32,6 +32,20 @@ HOSTILE = [
     "",
 ]
 
+others: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def remember_other_processes() -> None:
+    """Other tests of this process may have left a fork server or the like."""
+    others.clear()
+    others.update(psutil.Process().children(recursive=True))
+
+
+def spawned(*, recursive: bool = False) -> list[psutil.Process]:
+    """Child processes that the test at hand started."""
+    return [child for child in psutil.Process().children(recursive=recursive) if child not in others]
+
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[MathEnvironment]:
@@ -96,7 +110,7 @@ def test_a_crash_is_counted(environment: MathEnvironment) -> None:
     async def killed_at_work() -> Outcome:
         busy = asyncio.create_task(score(environment, "\\boxed{9^{9^{9^{9}}}}"))
         await asyncio.sleep(0.5)
-        for nursery in psutil.Process().children():
+        for nursery in spawned():
             for worker in nursery.children():
                 worker.kill()
         outcome = await busy
@@ -128,7 +142,7 @@ def test_last_number_needs_no_process_and_is_exact() -> None:
     assert [outcome.rewards["reward"] for outcome in outcomes] == list(replies.values())
     assert [outcome.metrics["unparsable"] for outcome in outcomes] == [0, 0, 0, 0, 1]
     assert outcomes[1].details == {"extracted": "13", "ground_truth": "12"}
-    assert psutil.Process().children() == []
+    assert spawned() == []
 
 
 @pytest.mark.parametrize("extra", [{}, {"ground_truth": None}, {"ground_truth": " "}, {"ground_truth": "twelve"}])

@@ -13,10 +13,24 @@ import pytest
 from nemo_rl.environments.pool import ProcessPool
 from nemo_rl.errors import WorkerError
 
+others: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def remember_other_processes() -> None:
+    """Other tests of this process may have left a fork server or the like."""
+    others.clear()
+    others.update(psutil.Process().children(recursive=True))
+
+
+def spawned(*, recursive: bool = False) -> list[psutil.Process]:
+    """Child processes that the test at hand started."""
+    return [child for child in psutil.Process().children(recursive=recursive) if child not in others]
+
 
 def workers() -> set[psutil.Process]:
     """The living worker processes: what the nursery, this process's only child, has forked."""
-    forked = [worker for nursery in psutil.Process().children() for worker in nursery.children()]
+    forked = [worker for nursery in spawned() for worker in nursery.children()]
     return {worker for worker in forked if worker.status() != psutil.STATUS_ZOMBIE}
 
 
@@ -118,7 +132,7 @@ def test_a_worker_killed_while_idle_costs_no_item(num_used: int) -> None:
 def test_a_killed_nursery_is_replaced() -> None:
     async def body(pool: ProcessPool[object]) -> None:
         await asyncio.gather(pool.run(time.sleep, 0.2), pool.run(time.sleep, 0.2))
-        for process in psutil.Process().children(recursive=True):
+        for process in spawned(recursive=True):
             process.kill()
         await asyncio.sleep(0.2)
         assert await asyncio.gather(*(pool.run(pow, n, 1) for n in range(4))) == [0, 1, 2, 3]
@@ -153,7 +167,7 @@ def test_no_process_is_left_after_close_even_when_one_hangs() -> None:
     async def body(pool: ProcessPool[object]) -> None:
         hang = asyncio.create_task(pool.run(time.sleep, 3600))
         await pool.run(time.sleep, 0.2)
-        processes = psutil.Process().children(recursive=True)
+        processes = spawned(recursive=True)
         assert len(processes) == 3
         await pool.close()
         assert not any(process.is_running() for process in processes)
@@ -167,7 +181,7 @@ def test_no_process_is_left_after_close_even_when_one_hangs() -> None:
 
 def test_closing_at_once_leaves_nothing() -> None:
     asyncio.run(ProcessPool[object](CALL, num_workers=2, deadline_seconds=1.0).close())
-    assert psutil.Process().children() == []
+    assert spawned() == []
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:

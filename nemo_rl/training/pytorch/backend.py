@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
@@ -26,6 +26,13 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def _stage(link: SchedulerConfig | MilestonesConfig) -> Mapping[str, Any]:
+    """One link of `policy.scheduler` as `build_scheduler` takes it."""
+    if isinstance(link, MilestonesConfig):
+        return {"milestones": link.milestones}
+    return {"name": link.name, "kwargs": link.kwargs}
 
 
 class PyTorchBackend:
@@ -52,8 +59,7 @@ class PyTorchBackend:
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
         self._optimizer = build_optimizer(self._masters.parameters, config.optimizer.name, config.optimizer.kwargs)
-        chain = [link.model_dump() for link in config.scheduler]
-        self._scheduler = build_scheduler(self._optimizer, chain)
+        self._scheduler = build_scheduler(self._optimizer, [_stage(link) for link in config.scheduler])
         self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
         self._scorer = Scorer(
             self.model,
