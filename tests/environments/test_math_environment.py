@@ -35,7 +35,7 @@ HOSTILE = [
 others: set[psutil.Process] = set()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def remember_other_processes() -> None:
     """Other tests of this process may have left a fork server or the like."""
     others.clear()
@@ -43,7 +43,7 @@ def remember_other_processes() -> None:
 
 
 def spawned(*, recursive: bool = False) -> list[psutil.Process]:
-    """Child processes that the test at hand started."""
+    """Child processes that the tests of this module started."""
     return [child for child in psutil.Process().children(recursive=recursive) if child not in others]
 
 
