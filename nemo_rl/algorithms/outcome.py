@@ -102,7 +102,9 @@ def finish(
 
 
 def _rows(config: GRPOConfig, run: Run, summary: Summary, export: Path | None) -> dict[str, str]:
-    folder = run.checkpoints.folder
+    folder, here = run.checkpoints.folder, Path.cwd()
+    if folder.is_relative_to(here):
+        folder = folder.relative_to(here)
     rows = {
         "steps": f"{run.step} of {config.grpo.max_num_steps}",
         "time": phase_line(summary.seconds_by_phase, summary.seconds_total),
@@ -110,9 +112,9 @@ def _rows(config: GRPOConfig, run: Run, summary: Summary, export: Path | None) -
         "rollouts": str(folder / "rollouts"),
     }
     if config.checkpointing.enabled and run.saved_step:
-        rows["checkpoint"] = str(run.checkpoints.path(run.saved_step))
+        rows["checkpoint"] = str(folder / run.checkpoints.path(run.saved_step).name)
     if export is not None and config.checkpointing.export_hf:
-        rows["model"] = f"{export}  (loads with transformers.AutoModelForCausalLM)"
+        rows["model"] = f"{folder / export.name}  (loads with transformers.AutoModelForCausalLM)"
     if config.checkpointing.enabled:
         again = "run the same command again" + (f": it resumes after step {run.saved_step}" if run.saved_step else "")
         more = f"run the same command with grpo.max_num_steps={2 * run.step}"
