@@ -77,6 +77,7 @@ class Run:
     def steps(self, loader: TaskLoader) -> Iterator[int]:
         """Count the steps still to do, from 1; ends when steps, epochs or time are used up, or on Ctrl-C."""
         self._step_began = time.monotonic()
+        self.console.begin_steps()
         self._decide(loader)
         while not self._ending:
             self._before_step = self._timer.seconds

@@ -108,6 +108,10 @@ class Console:
         finally:
             del self._phases[-1:]
 
+    def begin_steps(self) -> None:
+        """Start the clock of the steps, so that what came before them does not count in the time left."""
+        self._step_ended = self._clock()
+
     def step(
         self,
         step: int,

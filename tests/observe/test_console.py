@@ -117,3 +117,15 @@ def test_log_records_go_to_the_same_stream() -> None:
     logger.warning("a group was dropped")
 
     assert stream.getvalue() == "WARNING nemo_rl.test: a group was dropped\n"
+
+
+def test_what_came_before_the_first_step_is_not_in_the_time_left() -> None:
+    stream = io.StringIO()
+    now = [0.0]
+    with Console(total_steps=3, stream=stream, clock=lambda: now[0]) as console:
+        now[0] = 500.0  # loading and evaluating
+        console.begin_steps()
+        now[0] = 510.0
+        console.step(1, reward=1.0, tokens_per_second=1.0)
+
+    assert stream.getvalue().splitlines() == ["step 1/3  reward 1.00  1 tokens/s  0:20 left"]
