@@ -1,4 +1,4 @@
-"""Folders that are either complete or not there: a kill at any instant leaves the previous content or the new one."""
+"""Folders and files that are complete or not there: a kill at any instant leaves the old content or the new one."""
 
 import glob
 import os
@@ -55,6 +55,21 @@ def recover_folders(parent: Path, name: str = "*") -> None:
             old.rename(final)
     for unfinished in parent.glob(f"tmp_{name}"):
         shutil.rmtree(unfinished)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 beside `path`, flush it to disk and rename it into place; parent folders are made.
+
+    Raises:
+        OSError: the folder cannot be written; the previous content of `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _flush(folder: Path) -> None:

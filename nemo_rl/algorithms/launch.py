@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from nemo_rl.algorithms.grpo import train_grpo
 from nemo_rl.algorithms.outcome import Outcome, earlier_outcome, finish
 from nemo_rl.algorithms.run import Run, is_used_up
 from nemo_rl.algorithms.sampling import RolloutSource
+from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import LoadedConfig, dump_config
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.data import ArithmeticDataConfig
@@ -33,7 +34,6 @@ from nemo_rl.environments.registry import build_environments
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.interfaces import Environment, Resources, Sampler
 from nemo_rl.models.load import load_tokenizer, resolve_model
-from nemo_rl.observe.atomic import write_text_atomically
 from nemo_rl.observe.console import Console
 from nemo_rl.observe.logger import RolloutWriter, RunLogger
 from nemo_rl.observe.sinks import build_sinks
@@ -132,9 +132,9 @@ def measure_before(config: GRPOConfig, run: Run, source: RolloutSource, problems
     accuracies: dict[str, float] = {}
     with run.phase("evaluate"):
         if problems.test:
-            accuracies["test"] = accuracy(source, problems.test)
+            accuracies["test"] = source.accuracy(problems.test)
         for name, tasks in problems.base_test.items():
-            accuracies[f"base/{name}"] = accuracy(source, tasks)
+            accuracies[f"base/{name}"] = source.accuracy(tasks)
     run.info = replace(run.info, accuracies=accuracies)
     for name, value in accuracies.items():
         run.log_outcome(f"before/{name}", value)
@@ -143,12 +143,6 @@ def measure_before(config: GRPOConfig, run: Run, source: RolloutSource, problems
         run.console.note(f"greedy accuracy before training, by prompt: {found}")
     if config.grpo.val_at_start:
         run.validate(0, source.validate)
-
-
-def accuracy(source: RolloutSource, tasks: Iterable[Task]) -> float:
-    """Greedy accuracy, or the mean reward where the environment does not tell right from wrong."""
-    metrics, _ = source.validate(tasks)
-    return metrics.get("accuracy", metrics["reward"]).value
 
 
 def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
@@ -257,13 +251,12 @@ def _check_can_run(config: GRPOConfig) -> None:
             f"the policy runs in one process on one device, and cluster asks for {cluster.num_nodes} nodes with "
             f"{cluster.gpus_per_node} GPUs each; set cluster.num_nodes=1 and cluster.gpus_per_node to 0 or 1"
         )
-    if config.cluster.executor != "local" or torch.cuda.is_available():
+    if cluster.executor != "local" or torch.cuda.is_available():
         return
     if config.policy.device == "cuda":
         raise ConfigError("policy.device is cuda and torch finds no GPU here; set it to auto or cpu")
-    if config.cluster.gpus_per_node > 0:
-        asked = config.cluster.gpus_per_node
-        raise ConfigError(f"cluster.gpus_per_node is {asked} and torch finds no GPU here; set it to 0")
+    if cluster.gpus_per_node > 0:
+        raise ConfigError(f"cluster.gpus_per_node is {cluster.gpus_per_node} and torch finds no GPU here; set it to 0")
 
 
 def _close_all(runner: asyncio.Runner, environments: Mapping[str, Environment]) -> None:

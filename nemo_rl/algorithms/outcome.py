@@ -68,8 +68,7 @@ def finish(
     after = None
     if test and finished:
         with run.phase("evaluate"):
-            metrics, _ = source.validate(test)
-        after = metrics.get("accuracy", metrics["reward"]).value
+            after = source.accuracy(test)
         run.log_outcome("after/test", after)
     export = run.checkpoints.folder / "hf"
     if config.checkpointing.export_hf and finished:

@@ -76,6 +76,11 @@ class RolloutSource:
         metrics = {short: collected.metrics[name] for name, short in kept.items() if name in collected.metrics}
         return metrics | {"num_tasks": Sum(len(collected.groups))}, collected.groups
 
+    def accuracy(self, tasks: Iterable[Task]) -> float:
+        """Greedy accuracy on these tasks, or the mean reward where no environment tells right from wrong."""
+        metrics, _ = self.validate(tasks)
+        return metrics.get("accuracy", metrics["reward"]).value
+
     def _check(self, collected: Collected, where: str) -> None:
         failed, total = len(collected.dropped), len(collected.dropped) + len(collected.groups)
         if failed > self.max_failed_share * total or failed == total:

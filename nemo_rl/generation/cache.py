@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl.data.packing import PromptStream
-from nemo_rl.models.attention import TreeAttention, masked_attention
+from nemo_rl.models.attention import TreeAttention, additive_mask, masked_attention
 
 
 class KVCache:
@@ -77,7 +77,5 @@ class DecodeAttention:
     def _mask(self, window: int, dtype: torch.dtype) -> Tensor:
         """Additive mask [n, 1, 1, longest]."""
         if window not in self._masks:
-            hidden = (self._distance < 0) | (self._distance >= window) if window else self._distance < 0
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self._masks[window] = mask[:, None, None]
+            self._masks[window] = additive_mask(self._distance, window, dtype)[:, None, None]
         return self._masks[window]

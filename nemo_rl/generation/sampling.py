@@ -20,7 +20,7 @@ def uniforms(seed: int, length: int) -> Tensor:
 class Sampler:
     """Samples tokens, each row of logits by its own `SamplingParams`.
 
-    Build it once per set of rows; the common case (no truncation) never sorts.
+    The common case (no truncation) never sorts.
     """
 
     def __init__(self, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:

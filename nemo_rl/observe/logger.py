@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from nemo_rl.atomic import write_text_atomically
 from nemo_rl.data.types import Rollout, RolloutGroup, Task
 from nemo_rl.metrics import Histogram, Metric, scalars
-from nemo_rl.observe.atomic import write_text_atomically
 from nemo_rl.observe.sinks import Sink, complete_lines
 
 _log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.schema.logging import LoggerConfig
 from nemo_rl.errors import DependencyError
-from nemo_rl.observe.atomic import write_text_atomically
 
 
 class Sink(Protocol):

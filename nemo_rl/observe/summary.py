@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nemo_rl.observe.atomic import write_text_atomically
+from nemo_rl.atomic import write_text_atomically
 
 
 class PhaseTimer:
