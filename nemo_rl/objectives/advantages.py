@@ -1,9 +1,12 @@
-"""Advantages of sampled answers relative to the other answers to the same task."""
+"""Advantages of sampled answers relative to the other answers to the same task, or of the batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+
+from nemo_rl.errors import ConfigError
+from nemo_rl.objectives.value import generalized_advantages
 
 _EPSILON = 1e-6
 
@@ -73,23 +76,79 @@ def group_baseline(
     return baseline, std
 
 
-def spread(rewards: Tensor, group_ids: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Tell which groups have rewards that differ, so that there is something to learn from.
+def normalize_over_batch(values: Tensor, mask: Tensor) -> Tensor:
+    """Centre and scale what counts in the global batch: (x - mean) / (std + 1e-6), or 0 where all are equal.
+
+    With the advantages of tokens and `loss_mask` it is the last step of REINFORCE++-baseline (Hu et al., 2025), whose
+    first is `group_advantages(..., leave_one_out=False, normalize=False)`.
 
     Args:
-        rewards: float [B].
+        values: float [N] or [B].
+        mask: bool, of the same shape: what counts.
+
+    Returns:
+        float32 of the same shape, 0 where `mask` is false.
+    """
+    normalized = torch.zeros_like(values, dtype=torch.float32)
+    kept = values[mask].double()
+    if len(kept) and kept.amax() > kept.amin():
+        normalized[mask] = ((kept - kept.mean()) / (kept.std() + _EPSILON)).float()
+    return normalized
+
+
+def reinforce_plus_plus_advantages(
+    rewards: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0
+) -> Tensor:
+    """Rewards to come, normalised over the loss tokens of the global batch (Hu et al., "REINFORCE++", 2025).
+
+    Args:
+        rewards: float [N], per token: `rewards.token_rewards` minus the weighted KL to the reference.
+        loss_mask: bool [N].
+        cu_seqlens: int64 [B+1].
+        gamma: discount per token.
+
+    Returns:
+        float32 [N], 0 off the loss tokens.
+    """
+    no_values = torch.zeros_like(rewards)
+    to_come, _ = generalized_advantages(rewards, no_values, loss_mask, cu_seqlens, gamma=gamma, gae_lambda=1.0)
+    return normalize_over_batch(to_come, loss_mask)
+
+
+def decoupled_advantages(
+    rewards: Mapping[str, Tensor],
+    group_ids: Tensor,
+    *,
+    weights: Mapping[str, float] | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Normalise each named reward within its group, add them up by weight, normalise over the batch.
+
+    GDPO (Liu et al., "Group reward-Decoupled Normalization Policy Optimization", 2026): summed first, rewards of
+    different scale drown each other, and different combinations of them get one advantage.
+
+    Args:
+        rewards: float [B] under each name.
         group_ids: int64 [B].
+        weights: of the names; None weighs all 1.
         valid: bool [B] or None.
 
     Returns:
-        bool [number of groups], in ascending order of group id; `torch.unique(group_ids, return_inverse=True)[1]` leads
-        from samples to it.
+        float32 [B]; 0 for samples that are not valid.
+
+    Raises:
+        ConfigError: the weights name other rewards than there are.
     """
-    ids, group = torch.unique(group_ids, return_inverse=True)
-    kept = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
-    highest = rewards.new_full(ids.shape, -torch.inf).scatter_reduce(0, group[kept], rewards[kept], "amax")
-    lowest = rewards.new_full(ids.shape, torch.inf).scatter_reduce(0, group[kept], rewards[kept], "amin")
-    return highest > lowest
+    weights = dict.fromkeys(rewards, 1.0) if weights is None else weights
+    if weights.keys() != rewards.keys():
+        raise ConfigError(
+            f"the reward weights name {sorted(weights)}, but the environment gives {sorted(rewards)}; weigh each once"
+        )
+    valid = torch.ones_like(group_ids, dtype=torch.bool) if valid is None else valid
+    total = torch.zeros(len(group_ids), device=group_ids.device)
+    for name, values in rewards.items():
+        total += weights[name] * group_advantages(values, group_ids, leave_one_out=False, valid=valid)
+    return normalize_over_batch(total, valid)
 
 
 def _groups(group_ids: Tensor, valid: Tensor | None) -> Iterator[Tensor]:

@@ -6,15 +6,20 @@ probability ratio exp(policy_logprobs - old_logprobs), A the advantage.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.errors import ConfigError, DataError
+from nemo_rl.errors import ConfigError
 from nemo_rl.metrics import EffectiveShare, Max, Mean, Metrics, Min
+from nemo_rl.objectives.corrections import Correction, importance_weights
+from nemo_rl.objectives.jagged import per_token, sequence_means, token_column
 from nemo_rl.objectives.kl import KLKind, kl_penalty
 from nemo_rl.objectives.logprobs import TokenOutputs
+
+type PolicyLoss = Literal["clipped", "cispo", "reinforce"]
 
 
 def clipped_policy_loss(
@@ -59,6 +64,25 @@ def cispo_loss(
     """REINFORCE with a clipped weight, -A sg(clip(rho)) lp [M]: no token loses its gradient (MiniMax-M1, 2025)."""
     ratio = torch.exp(policy_logprobs.detach() - old_logprobs).clamp(1 - clip_min, 1 + clip_max)
     return -advantages * ratio * policy_logprobs
+
+
+def sequence_level_logprobs(policy_logprobs: Tensor, old_logprobs: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Replace the old log-probabilities so that every token's ratio is its sequence's geometric mean of rho.
+
+    exp(lp - result) = exp(mean over the sequence of (lp - old)) in value, with the gradient of the token's own lp.
+    With it in place of `old_logprobs` the clipped loss, reduced per sequence, is GSPO's in its token form (Zheng et
+    al., "Group Sequence Policy Optimization", 2025).
+
+    Args:
+        policy_logprobs: [M].
+        old_logprobs: [M].
+        cu_seqlens: int64 [B+1], borders of whole sequences in M.
+
+    Returns:
+        [M], without gradient.
+    """
+    policy = policy_logprobs.detach()
+    return policy - per_token(sequence_means(policy - old_logprobs, cu_seqlens), cu_seqlens)
 
 
 @torch.no_grad()
@@ -128,10 +152,10 @@ def _extremes(name: str, values: Tensor) -> Metrics:
 
 @dataclass(frozen=True, slots=True)
 class ClippedPolicyObjective:
-    """GRPO's objective: the clipped policy loss plus `kl_weight` times the KL to the reference.
+    """The objective of GRPO and its kin: a policy loss plus `kl_weight` times the KL to the reference.
 
     Columns read: `advantages`; `old_logprobs` unless `on_policy`; `reference_logprobs` if `kl_weight` is above 0;
-    `rollout_logprobs` for diagnostics, where there are any.
+    `rollout_logprobs` for the correction, and for diagnostics where there are any.
 
     Attributes:
         ratio_clip_min: see `clipped_policy_loss`.
@@ -142,6 +166,12 @@ class ClippedPolicyObjective:
         kl_input_clamp: see `kl_penalty`.
         kl_output_clamp: see `kl_penalty`.
         on_policy: the batch is trained on in a single step, so the old log-probabilities are the current ones.
+        policy_loss: `clipped_policy_loss`, `cispo_loss` or `reinforce_loss`.
+        sequence_level_ratio: GSPO's ratio, see `sequence_level_logprobs`.
+        correction: how the policy loss is weighed for a sampler that differs from the trainer, see
+            `importance_weights`; None for not at all.
+        correction_low: see `importance_weights`.
+        correction_high: see `importance_weights`.
     """
 
     ratio_clip_min: float = 0.2
@@ -152,6 +182,11 @@ class ClippedPolicyObjective:
     kl_input_clamp: float | None = 20.0
     kl_output_clamp: float | None = 10.0
     on_policy: bool = False
+    policy_loss: PolicyLoss = "clipped"
+    sequence_level_ratio: bool = False
+    correction: Correction | None = None
+    correction_low: float = 0.0
+    correction_high: float = 2.0
 
     def __post_init__(self) -> None:
         if self.ratio_clip_c is not None and self.ratio_clip_c <= 1:
@@ -162,41 +197,46 @@ class ClippedPolicyObjective:
     def __call__(self, outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Return the loss of every loss token, float32 [M], and the metrics of the micro-batch."""
         policy = outputs.policy_logprobs
-        old = policy.detach() if self.on_policy else _column(tokens, "old_logprobs")
-        advantages = _column(tokens, "advantages")
-        loss = clipped_policy_loss(
-            policy,
-            old,
-            advantages,
-            clip_min=self.ratio_clip_min,
-            clip_max=self.ratio_clip_max,
-            dual_clip=self.ratio_clip_c,
-        )
+        old = policy.detach() if self.on_policy else token_column(tokens, "old_logprobs")
+        base = sequence_level_logprobs(policy, old, tokens.cu_seqlens) if self.sequence_level_ratio else old
+        advantages = token_column(tokens, "advantages")
+        loss = self._policy_loss(policy, base, advantages)
+        correction: Metrics = {}
+        if self.correction is not None:
+            weight, correction = importance_weights(
+                old,
+                token_column(tokens, "rollout_logprobs"),
+                tokens.cu_seqlens,
+                kind=self.correction,
+                low=self.correction_low,
+                high=self.correction_high,
+            )
+            loss = loss * weight
         means = {"policy_loss": loss, "entropy": outputs.entropy}
         if self.kl_weight > 0:
             kl = kl_penalty(
                 policy,
-                _column(tokens, "reference_logprobs"),
+                token_column(tokens, "reference_logprobs"),
                 kind=self.kl_type,
                 input_clamp=self.kl_input_clamp,
                 output_clamp=self.kl_output_clamp,
             )
             loss = loss + self.kl_weight * kl
             means["reference_kl"] = kl
-        metrics = token_means(means) | ratio_metrics(
-            policy, old, advantages, clip_min=self.ratio_clip_min, clip_max=self.ratio_clip_max
-        )
+        metrics = token_means(means) | correction
+        metrics |= ratio_metrics(policy, base, advantages, clip_min=self.ratio_clip_min, clip_max=self.ratio_clip_max)
         if "rollout_logprobs" in tokens.token_columns:
             metrics |= rollout_metrics(old, tokens.token_columns["rollout_logprobs"])
         return loss, metrics
 
-
-def _column(tokens: TokenBatch, name: str) -> Tensor:
-    try:
-        return tokens.token_columns[name]
-    except KeyError:
-        known = ", ".join(sorted(tokens.token_columns)) or "none"
-        raise DataError(
-            f"the clipped policy objective needs the per-token column {name!r}, but the batch has {known}; "
-            "add it with `TokenBatch.with_columns`"
-        ) from None
+    def _policy_loss(self, policy: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        low, high = self.ratio_clip_min, self.ratio_clip_max
+        match self.policy_loss:
+            case "clipped":
+                return clipped_policy_loss(
+                    policy, old, advantages, clip_min=low, clip_max=high, dual_clip=self.ratio_clip_c
+                )
+            case "cispo":
+                return cispo_loss(policy, old, advantages, clip_min=low, clip_max=high)
+            case "reinforce":
+                return reinforce_loss(policy, advantages)

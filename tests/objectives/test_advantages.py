@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rl.objectives.advantages import group_advantages, group_baseline, spread
+from nemo_rl.objectives.advantages import group_advantages, group_baseline
 
 
 def test_leave_one_out_of_two_groups_of_three() -> None:
@@ -56,15 +56,6 @@ def test_the_only_winner_of_a_group_is_rewarded_and_kept() -> None:
     """Its peers are all equal, so a decision by their deviation would drop it."""
     rewards, groups = torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)
     assert group_advantages(rewards, groups)[0] == 1.0
-    assert spread(rewards, groups).tolist() == [True]
-
-
-def test_spread_is_decided_per_group() -> None:
-    rewards = torch.tensor([1.0, 0, 0.5, 0.5, 0, 0, 3])
-    groups = torch.tensor([4, 4, 2, 2, 7, 7, 9])
-    assert spread(rewards, groups).tolist() == [False, True, False, False]
-    valid = torch.tensor([True, False, True, True, False, False, True])
-    assert spread(rewards, groups, valid=valid).tolist() == [False] * 4
 
 
 def test_samples_that_are_not_valid_count_nowhere() -> None:

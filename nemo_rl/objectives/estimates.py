@@ -1,0 +1,182 @@
+"""Figures of an evaluation with their uncertainty: pass@k, avg@n, cons@k, standard errors, paired differences.
+
+Samples of one prompt are not independent of each other, so every standard error is over prompts.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from nemo_rl.errors import ConfigError, DataError
+
+_CHUNK = 1 << 22
+"""Random numbers drawn at a time by the bootstrap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over prompts.
+
+    Attributes:
+        value: the mean.
+        standard_error: of the mean over prompts; NaN for a single prompt.
+        num_prompts: how many.
+    """
+
+    value: float
+    standard_error: float
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much better the second of two runs on the same prompts is.
+
+    Attributes:
+        value: mean of second - first.
+        standard_error: of that mean over prompts.
+        low: lower end of the confidence interval.
+        high: upper end.
+    """
+
+    value: float
+    standard_error: float
+    low: float
+    high: float
+
+
+def pass_at_k(num_correct: Tensor, num_samples: Tensor | int, *, k: int) -> Tensor:
+    """1 - C(n - c, k) / C(n, k): the chance that k of n samples hold a correct one, without bias (Chen et al., 2021).
+
+    Args:
+        num_correct: int64 [P], c of every prompt.
+        num_samples: n, int64 [P] or one number for all.
+        k: samples that may be tried.
+
+    Returns:
+        float64 [P].
+
+    Raises:
+        ConfigError: k is not between 1 and n.
+    """
+    samples = torch.as_tensor(num_samples, device=num_correct.device).expand_as(num_correct)
+    _check_k(k, int(samples.min()) if len(samples) else k)
+    wrong = (samples - num_correct).double()
+    draws = torch.arange(k, dtype=torch.float64, device=wrong.device)
+    all_wrong = ((wrong[:, None] - draws) / (samples[:, None] - draws)).clamp(min=0)  # 0 once no wrong one is left
+    return 1 - all_wrong.prod(1)
+
+
+def average_at_n(num_correct: Tensor, num_samples: Tensor | int) -> Tensor:
+    """Mean score of the n samples of every prompt: [P] -> float64 [P]."""
+    return num_correct.double() / num_samples
+
+
+def consensus_at_k(answers: Sequence[Hashable | None], scores: Sequence[float], *, k: int) -> float:
+    """Score of the most frequent answer among k samples of one prompt (Wang et al., "Self-Consistency", 2023).
+
+    Ties count by their share: the mean score of the answers that are ahead. The n samples are taken k by k, each once
+    (a rest is left out), and the results averaged.
+
+    Args:
+        answers: of the n samples, as extracted; None for one without an answer, which has no vote.
+        scores: of the n samples, 1 for a correct one.
+        k: samples that vote.
+
+    Raises:
+        ConfigError: k is not between 1 and n.
+        DataError: there is not one score for each answer.
+    """
+    if len(answers) != len(scores):
+        raise DataError(f"there are {len(answers)} answers and {len(scores)} scores; give one score for each answer")
+    _check_k(k, len(answers))
+    starts = range(0, len(answers) - k + 1, k)
+    return math.fsum(_vote(answers[i : i + k], scores[i : i + k]) for i in starts) / len(starts)
+
+
+def mean_estimate(values: Tensor) -> Estimate:
+    """Mean and standard error of one figure per prompt, [P].
+
+    Raises:
+        DataError: there is no prompt.
+    """
+    if not len(values):
+        raise DataError("an estimate needs at least one prompt, and none was given; check the filters of the data set")
+    values = values.double()
+    return Estimate(float(values.mean()), _standard_error(values), len(values))
+
+
+def paired_difference(
+    first: Tensor,
+    second: Tensor,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int | None = None,
+    seed: int = 0,
+) -> Difference:
+    """Compare two runs prompt by prompt, which removes the spread between prompts (Miller, 2024).
+
+    Args:
+        first: [P], one figure per prompt.
+        second: [P], of the same prompts in the same order.
+        confidence: probability that the interval should hold the true difference.
+        num_resamples: draw as many bootstrap samples of the prompts and take the interval's ends from their quantiles
+            (Efron, 1979); None takes them from the normal distribution.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: the runs have different numbers of prompts, or fewer than two.
+    """
+    if first.shape != second.shape or len(first) < 2:
+        raise DataError(
+            f"a paired comparison got {len(first)} and {len(second)} prompts; give the same prompts of both runs, at "
+            "least two"
+        )
+    differences = (second.double() - first.double()).cpu()
+    mean, error = float(differences.mean()), _standard_error(differences)
+    if num_resamples is None:
+        reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
+        return Difference(mean, error, mean - reach, mean + reach)
+    means = _bootstrap_means(differences, num_resamples, seed)
+    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = means.quantile(ends).tolist()
+    return Difference(mean, error, low, high)
+
+
+def _bootstrap_means(values: Tensor, num_resamples: int, seed: int) -> Tensor:
+    """Means of `num_resamples` samples with replacement, float64 [num_resamples]."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, _CHUNK // len(values))
+    sizes = [min(rows, num_resamples - start) for start in range(0, num_resamples, rows)]
+    draws = (torch.randint(len(values), (size, len(values)), generator=generator) for size in sizes)
+    return torch.cat([values[draw].mean(1) for draw in draws])
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _vote(answers: Sequence[Hashable | None], scores: Sequence[float]) -> float:
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    by_answer: defaultdict[Hashable, list[float]] = defaultdict(list)
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is not None:
+            by_answer[answer].append(score)
+    most = max(votes.values())
+    leaders = [math.fsum(by_answer[answer]) / most for answer, count in votes.items() if count == most]
+    return math.fsum(leaders) / len(leaders)
+
+
+def _check_k(k: int, num_samples: int) -> None:
+    if not 1 <= k <= num_samples:
+        raise ConfigError(
+            f"k is {k}, but a prompt has {num_samples} samples; k must be at least 1 and at most "
+            "eval.num_tests_per_prompt"
+        )
