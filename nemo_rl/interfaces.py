@@ -54,7 +54,7 @@ class TrainingBackend(Protocol):
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """Parameters, bytes held, device, precision."""
+        """Parameters, device, precision, `optimizer_steps` begun: equal as long as the weights are."""
         ...
 
 

@@ -7,14 +7,22 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    DeepseekV3Config,
+    DogeConfig,
     Gemma2Config,
     GemmaConfig,
+    GptOssConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    StableLmConfig,
 )
 
 from nemo_rl.distributed.cache import cache_dir
@@ -27,7 +35,60 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "mistral": MistralConfig,
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
+    "gpt_oss": GptOssConfig,
+    "deepseek_v3": DeepseekV3Config,
 }
+"""Families that attend through Transformers' attention interface and nothing else."""
+
+OTHER_FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "mamba": MambaConfig,
+    "recurrent_gemma": RecurrentGemmaConfig,
+    "qwen3_next": Qwen3NextConfig,
+    "stablelm": StableLmConfig,
+    "doge": DogeConfig,
+    "bert": BertConfig,
+}
+"""Recurrent, recurrent in some layers (two of them), attention of its own, a mask of its own, a head of its own."""
+
+SIZES: dict[str, dict[str, Any]] = {
+    # caps so low that scores reach them
+    "gemma2": {
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 8,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    # values narrower than keys
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8, "logits_soft_cap": 3.0},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+"""What a family needs beyond the sizes that all have."""
 
 
 def tiny_config(family: str = "llama", **sizes: Any) -> PreTrainedConfig:
@@ -49,7 +110,7 @@ def tiny_config(family: str = "llama", **sizes: Any) -> PreTrainedConfig:
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
-    return FAMILIES[family](**{**defaults, **sizes})
+    return (FAMILIES | OTHER_FAMILIES)[family](**{**defaults, **SIZES.get(family, {}), **sizes})
 
 
 def tiny_model(

@@ -3,31 +3,48 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_rl.data.packing import PromptStream
-from nemo_rl.models.attention import TreeAttention, additive_mask, masked_attention
+from nemo_rl.models.attention import TreeAttention, Weighting, additive_mask, as_products, masked_attention
 
 
 class KVCache:
-    """One tensor [layers, 2, slots, A_kv, capacity, D], made at the first write, when the shapes are known."""
+    """Keys and values [layers, slots, A_kv, capacity, D] each, made at the first write, when the shapes are known.
+
+    Slots are added as they come into use, at least as many as there are: most batches never fill all.
+    """
 
     def __init__(self, *, num_layers: int, num_slots: int, capacity: int) -> None:
-        self._shape = (num_layers, num_slots, capacity)
-        self._storage: Tensor | None = None
+        self.capacity = capacity
+        self._num_layers = num_layers
+        self._max_slots = num_slots
+        self._num_slots = 0
+        self._storage: list[Tensor] = []
 
-    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [slots, A_kv, capacity, D] of a layer; `like` [*, A_kv, D] gives heads, dtype and device."""
-        if self._storage is None:
-            num_layers, num_slots, capacity = self._shape
+    def reserve(self, num_slots: int) -> None:
+        """Have at least this many slots."""
+        if num_slots <= self._num_slots:
+            return
+        before, self._num_slots = self._num_slots, min(max(num_slots, 2 * self._num_slots), self._max_slots)
+        for i, tensor in enumerate(self._storage):
+            self._storage[i] = F.pad(tensor, (0, 0, 0, 0, 0, 0, 0, self._num_slots - before))
+
+    def layer(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [slots, A_kv, capacity, D] of a layer; k, v [*, A_kv, D] give sizes, dtype and device."""
+        if not self._storage:
+            sizes = (self._num_layers, self._num_slots)
             # zeros: what a mask hides must still be finite
-            self._storage = like.new_zeros((num_layers, 2, num_slots, like.shape[1], capacity, like.shape[2]))
-        return self._storage[layer, 0], self._storage[layer, 1]
+            self._storage = [x.new_zeros((*sizes, x.shape[1], self.capacity, x.shape[2])) for x in (k, v)]
+        keys, values = self._storage
+        return keys[layer], values[layer]
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` positions of slots to others, all at once: a slot may be in both lists."""
-        if self._storage is not None:
-            self._storage[:, :, list(targets), :, :length] = self._storage[:, :, list(sources), :, :length]
+        self.reserve(max(targets) + 1)
+        for tensor in self._storage:
+            tensor[:, list(targets), :, :length] = tensor[:, list(sources), :, :length]
 
 
 class PrefillAttention:
@@ -37,6 +54,7 @@ class PrefillAttention:
         self, cache: KVCache, prompts: PromptStream, slots: Sequence[int], device: torch.device | str = "cpu"
     ) -> None:
         """Keep prompt i of the stream in slot `slots[i]`."""
+        cache.reserve(max(slots) + 1)
         self._cache = cache
         self._tree = TreeAttention(prompts.tree, device)
         self._source = torch.cat(prompts.where).to(device)
@@ -44,11 +62,11 @@ class PrefillAttention:
         self._slot = torch.repeat_interleave(torch.tensor(slots), lengths).to(device)
         self._position = torch.cat([torch.arange(length) for length in lengths.tolist()]).to(device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See `nemo_rl.models.attention.AttentionPlan`."""
-        for cached, new in zip(self._cache.layer(layer, k), (k, v), strict=True):
+        for cached, new in zip(self._cache.layer(layer, k, v), (k, v), strict=True):
             cached[self._slot, :, self._position] = new[self._source]
-        return self._tree.attend(layer, q, k, v, scale=scale, window=window)
+        return self._tree.attend(layer, q, k, v, weighting)
 
 
 class DecodeAttention:
@@ -59,23 +77,24 @@ class DecodeAttention:
         self._positions = positions
         self._rows = torch.arange(len(positions), device=positions.device)
         self._longest = int(positions.max()) + 1
-        self._distance = positions[:, None] - torch.arange(self._longest, device=positions.device)
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[tuple[int, int], Tensor] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """See `nemo_rl.models.attention.AttentionPlan`; heads that share keys are queries of one attention."""
-        keys, values = self._cache.layer(layer, k)
+        keys, values = self._cache.layer(layer, k, v)
         keys[self._rows, :, self._positions] = k
         values[self._rows, :, self._positions] = v
         n = len(self._rows)
+        # products copy a slice of keys first, which costs more than what the mask hides while that is the smaller part
+        whole = as_products(q, self._cache.capacity) and 2 * self._longest > self._cache.capacity
+        seen = self._cache.capacity if whole else self._longest
         queries = q.unflatten(1, (k.shape[1], -1))
-        output = masked_attention(
-            queries, keys[:n, :, : self._longest], values[:n, :, : self._longest], self._mask(window, q.dtype), scale
-        )
-        return output.flatten(1, 2)
+        mask = self._mask(weighting.window, seen, q.dtype)
+        return masked_attention(queries, keys[:n, :, :seen], values[:n, :, :seen], mask, weighting).flatten(1, 2)
 
-    def _mask(self, window: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask [n, 1, 1, longest]."""
-        if window not in self._masks:
-            self._masks[window] = additive_mask(self._distance, window, dtype)[:, None, None]
-        return self._masks[window]
+    def _mask(self, window: int, seen: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask [n, 1, 1, seen]; kept, as every layer asks for it."""
+        if (window, seen) not in self._masks:
+            distance = self._positions[:, None] - torch.arange(seen, device=self._positions.device)
+            self._masks[window, seen] = additive_mask(distance, window, dtype)[:, None, None]
+        return self._masks[window, seen]

@@ -26,6 +26,9 @@ class HFGenerator:
         decode: turns token ids into text; needed only for stop strings.
         max_batch_size: requests that run side by side.
         autocast: dtype to compute in when the weights are float32 (as training does), or None.
+
+    Raises:
+        BackendError: the model does not attend through attention plans, where keys and values are kept.
     """
 
     def __init__(
@@ -36,6 +39,11 @@ class HFGenerator:
         max_batch_size: int = 128,
         autocast: torch.dtype | None = None,
     ) -> None:
+        if not model.takes_plans:
+            raise BackendError(
+                f"{type(model.module).__name__} does not mix tokens by plain attention alone, and the hf backend keeps "
+                "nothing but keys and values; use policy.generation.backend=vllm"
+            )
         self._model = model
         self._decode = decode
         self._max_batch_size = max_batch_size

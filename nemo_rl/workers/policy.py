@@ -10,11 +10,12 @@ from torch import Tensor
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Completion, GenerationRequest
+from nemo_rl.distributed.memory import peak_memory_bytes
 from nemo_rl.errors import ConfigError
 from nemo_rl.generation.hf import HFGenerator
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics
-from nemo_rl.models.load import load_tokenizer
+from nemo_rl.models.load import load_tokenizer, quiet_libraries
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 
 
@@ -31,6 +32,7 @@ class PolicyWorker:
             raise ConfigError(
                 f"policy.generation.backend={config.generation.backend} cannot run here yet; use backend=hf"
             )
+        quiet_libraries()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         tokenizer = load_tokenizer(config.tokenizer.name or source, config.tokenizer.chat_template)
@@ -78,6 +80,10 @@ class PolicyWorker:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder."""
         self._backend.export(folder)
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that this process has held."""
+        return peak_memory_bytes()
 
     def describe(self) -> Mapping[str, Any]:
         """What is held here."""

@@ -3,7 +3,8 @@
 import asyncio
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from nemo_rl.errors import BackendError
 from nemo_rl.generation.hf import HFGenerator
 from nemo_rl.metrics import scalars
 from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.step import Scorer, score_tokens
 from tiny_models import embedded_folder, tiny_model
 
@@ -74,10 +76,19 @@ def assert_same(found: Sequence[Completion], expected: Sequence[Completion]) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 6}), ("gemma", {})]
+    ("family", "sizes"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("mistral", {"sliding_window": 6}),
+        ("gemma", {}),
+        ("gemma2", {"attn_implementation": "eager"}),
+        ("gpt_oss", {"attn_implementation": "eager"}),
+        ("deepseek_v3", {}),
+    ],
 )
 def test_greedy_is_generate_token_for_token_with_stop_ids_and_fewer_slots_than_requests(
-    family: str, sizes: dict[str, int]
+    family: str, sizes: dict[str, Any]
 ) -> None:
     plain = tiny_model(family, **sizes)
     plain.generation_config.eos_token_id = None
@@ -119,10 +130,19 @@ def test_the_seed_of_a_request_alone_decides_its_draws() -> None:
     assert len({tuple(tokens) for tokens in token_lists(first)}) == 3
 
 
-@pytest.mark.parametrize(("autocast", "tolerance"), [(None, 1e-5), (torch.bfloat16, 0.1)])
-def test_sampled_logprobs_are_those_of_training(autocast: torch.dtype | None, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("autocast", "tolerance", "truncation"),
+    [
+        (None, 1e-5, WHOLE),
+        (torch.bfloat16, 0.1, WHOLE),
+        (None, 1e-4, Truncation(top_p=0.8, top_k=50, min_p=0.05)),
+    ],
+)
+def test_sampled_logprobs_are_those_of_training(
+    autocast: torch.dtype | None, tolerance: float, truncation: Truncation
+) -> None:
     model = CausalLM.wrap(tiny_model("mistral", sliding_window=6))
-    requests = mixed_requests(SAMPLED)
+    requests = mixed_requests(replace(SAMPLED, **asdict(truncation)))
     completions = HFGenerator(model, max_batch_size=4, autocast=autocast).generate_now(requests)
     lengths, masks = [0], []
     for request, completion in zip(requests, completions, strict=True):
@@ -135,7 +155,7 @@ def test_sampled_logprobs_are_those_of_training(autocast: torch.dtype | None, to
         torch.arange(len(requests)),
         {"loss_mask": torch.cat(masks).bool()},
     )
-    scorer = Scorer(model, temperature=0.7, min_shared=2, autocast=autocast)
+    scorer = Scorer(model, temperature=0.7, min_shared=2, autocast=autocast, truncation=truncation)
     trained = score_tokens(scorer, batch, max_tokens=50)[batch.token_columns["loss_mask"]]
     sampled = torch.cat([completion.logprobs for completion in completions])
     torch.testing.assert_close(sampled, trained, rtol=0, atol=tolerance)
@@ -162,6 +182,11 @@ def test_truncated_sampling_reports_the_renormalised_probability(
         logits = plain(tokens[None]).logits[0, len(request.prompt_ids) - 1 : -1]
         expected = warp(tokens[None], logits).log_softmax(-1).gather(-1, completion.token_ids[:, None])[:, 0]
         torch.testing.assert_close(completion.logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_keeps_more_than_keys_and_values_is_refused() -> None:
+    with pytest.raises(BackendError, match=r"MambaForCausalLM .*use policy\.generation\.backend=vllm"):
+        HFGenerator(CausalLM.wrap(tiny_model("mamba")))
 
 
 def test_top_k_of_one_samples_the_greedy_tokens() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_rl.data.types import SamplingParams
+from nemo_rl.errors import BackendError
 from nemo_rl.generation.sampling import Sampler, uniforms
 
 DRAWS = 20_000
@@ -89,9 +90,19 @@ def test_the_best_token_always_stays(truncation: dict[str, float]) -> None:
     assert (logprobs == 0).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [params(), params(temperature=0.0), params(top_k=3), params(temperature=0.5)])
+def test_logits_that_are_not_finite_are_refused(sampling: SamplingParams, bad: float) -> None:
+    logits = LOGITS.clone()
+    logits[3] = bad
+    for row in (logits, torch.full_like(LOGITS, -math.inf)):
+        with pytest.raises(BackendError, match="logits that are not finite"):
+            Sampler([params(), sampling])(torch.stack([LOGITS, row]), uniforms(0, 2)[:, None])
+
+
 def test_top_p_keeps_the_token_that_reaches_it() -> None:
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    for top_p, kept in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (0.9, {0, 1, 2, 3})):
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    for top_p, kept in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (0.95, {0, 1, 2, 3})):
         tokens, _ = draw(logits, params(top_p=top_p), 2000)
         assert set(tokens.tolist()) == kept
 

@@ -1,6 +1,7 @@
 """Packed, prefix-shared and plain sequences must be one and the same to a model: values and every gradient."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.packing import SegmentTree, Stream, build_stream
 from nemo_rl.errors import ModelError
-from nemo_rl.models.attention import TreeAttention
+from nemo_rl.models.attention import TreeAttention, Weighting
 from nemo_rl.models.causal_lm import CausalLM
 from tiny_models import FAMILIES, embedded_folder, tiny_model
 
@@ -55,8 +56,10 @@ def stream_logprobs(model: CausalLM, stream: Stream, plan: TreeAttention) -> Ten
 
 
 def both(model: PreTrainedModel) -> tuple[PreTrainedModel, CausalLM]:
-    """The model as Transformers runs it, and an equal one as we run it."""
-    return model, CausalLM.wrap(copy.deepcopy(model))
+    """The model as Transformers runs it by its plainest formula, and an equal one as we run it."""
+    ours = CausalLM.wrap(copy.deepcopy(model))
+    model.set_attn_implementation("eager")  # Transformers' sdpa knows neither soft caps nor sinks
+    return model, ours
 
 
 def assert_same(plain: PreTrainedModel, ours: CausalLM, batch: TokenBatch, stream: Stream) -> None:
@@ -78,11 +81,8 @@ def assert_same(plain: PreTrainedModel, ours: CausalLM, batch: TokenBatch, strea
     assert torch.stack(differences).norm() <= 1e-5 * torch.stack(norms).norm()
 
 
-SUPPORTED = [family for family in FAMILIES if family != "gemma2"]
-
-
 @pytest.mark.parametrize("share_prefixes", [False, True])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_and_shared_equal_plain_transformers(family: str, share_prefixes: bool) -> None:
     plain, ours = both(tiny_model(family))
     batch = group_batch(128)
@@ -94,6 +94,14 @@ def test_a_sliding_window_cuts_a_branch_off_from_far_ancestors(window: int) -> N
     plain, ours = both(tiny_model("mistral", sliding_window=window))
     batch = group_batch(128)
     assert_same(plain, ours, batch, build_stream(batch, share_prefixes=True, min_shared=1))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_hold_where_a_fused_kernel_would_run(family: str) -> None:
+    plain, ours = both(tiny_model(family, sliding_window=300))
+    tokens = torch.randint(3, 128, (230,), generator=torch.Generator().manual_seed(0))
+    batch = TokenBatch(tokens, torch.tensor([0, 230]), torch.tensor([0]), {"loss_mask": torch.arange(230) > 0})
+    assert_same(plain, ours, batch, build_stream(batch))
 
 
 def test_shared_prefixes_are_exact_on_a_pretrained_model() -> None:
@@ -114,21 +122,27 @@ def test_a_leak_between_packed_sequences_is_caught() -> None:
     assert (got - expected).norm() > 1e-2 * expected.norm()
 
 
-def test_bfloat16_attention_by_plain_products_is_as_close_as_the_fused_kernel() -> None:
-    batch = group_batch(128)
-    stream = build_stream(batch, min_shared=4)
+@pytest.mark.parametrize("changes", [{}, {"softcap": 1.5}, {"sinks": torch.tensor([2.0, 0.5, -1.0, 0.0, 1.0, 3.0])}])
+def test_bfloat16_attention_on_a_cpu_is_as_close_as_its_precision_allows(changes: dict[str, Any]) -> None:
+    stream = build_stream(group_batch(128), min_shared=4)
     q, k, v = (torch.randn(len(stream.input_ids), heads, 16) for heads in (6, 2, 2))
-    plan = TreeAttention(stream.tree)
-    exact = plan.attend(0, q, k, v, scale=0.25, window=0)
-    low = TreeAttention(stream.tree).attend(0, q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=0.25, window=0)
+    plan, weighting = TreeAttention(stream.tree), Weighting(scale=0.25, **changes)
+    exact = plan.attend(0, q, k, v, weighting)
+    low = plan.attend(0, q.bfloat16(), k.bfloat16(), v.bfloat16(), weighting)
+    assert low.dtype == torch.bfloat16
     assert (low.float() - exact).norm() <= 1e-2 * exact.norm()
 
 
-def test_soft_capped_attention_scores_are_refused() -> None:
-    ours = CausalLM.wrap(tiny_model("gemma2"))
+def test_a_model_that_makes_its_own_attention_mask_is_refused() -> None:
+    ours = CausalLM.wrap(tiny_model("doge"))
     stream = build_stream(group_batch(128))
-    with pytest.raises(ModelError, match="soft-capped"):
-        ours.hidden(stream.input_ids, stream.position_ids, TreeAttention(stream.tree))
+    with pytest.raises(ModelError, match="attention mask of its own"):
+        ours.stream_hidden(stream)
+
+
+def test_a_model_with_a_head_of_its_own_is_refused() -> None:
+    with pytest.raises(ModelError, match="in a way of its own"):
+        CausalLM.wrap(tiny_model("bert", is_decoder=True))
 
 
 def test_a_wrapped_model_does_not_run_without_a_plan() -> None:

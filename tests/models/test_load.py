@@ -1,13 +1,15 @@
 """Loading by name: what loads is exactly what the files hold, and what cannot be loaded says why in one sentence."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 
 from nemo_rl.errors import ModelError
-from nemo_rl.models.load import load_causal_lm, load_tokenizer, model_identity, resolve_model
+from nemo_rl.models.load import load_causal_lm, load_tokenizer, model_identity, quiet_libraries, resolve_model
 from tiny_models import FAMILIES, embedded_folder, tiny_config, tiny_model
 
 
@@ -82,3 +84,21 @@ def test_a_tokenizer_that_is_missing_or_cannot_stop_is_refused(tmp_path: Path) -
     endless.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_the_hub_is_not_heard_retrying() -> None:
+    hub_logging.set_verbosity_warning()
+    retrying = logging.getLogger("huggingface_hub.utils._http")
+    assert retrying.isEnabledFor(logging.WARNING)
+    quiet_libraries()
+    assert not retrying.isEnabledFor(logging.WARNING)
+
+
+def test_a_tokenizer_needs_no_model_beside_it(tmp_path: Path) -> None:
+    load_tokenizer(str(embedded_folder())).save_pretrained(tmp_path)
+    assert resolve_model(str(tmp_path), tmp_path, part="tokenizer") == str(tmp_path)
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        resolve_model(str(tmp_path), tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds no tokenizer_config\.json, so it is not a .* tokenizer folder"):
+        resolve_model(str(tmp_path), tmp_path, part="tokenizer")

@@ -143,6 +143,41 @@ def test_the_schedule_moves_once_a_step(make: Make) -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
+def test_a_schedule_that_is_too_short_says_so(make: Make) -> None:
+    short = {"name": "torch.optim.lr_scheduler.OneCycleLR", "kwargs": {"max_lr": 0.1, "total_steps": 2}}
+    trained = make(scheduler=[short])
+    for _ in range(2):
+        trained.train(BATCH, OBJECTIVE)
+    with pytest.raises(BackendError, match=r"cannot go on after optimizer step 3: .*make policy\.scheduler as long"):
+        trained.train(BATCH, OBJECTIVE)
+
+
+def test_the_settings_decide_what_is_computed_once(make: Make) -> None:
+    # prompts of 9, 15 and 20 tokens (6 of them common), answers of 2, 6 and 11, last token left out
+    def computed(**changes: Any) -> float:
+        return scalars(make(**changes).train(BATCH, OBJECTIVE))["tokens_computed"]
+
+    branches, copies = 2 * (1 + 5 + 10) + (1 + 10), 2 * (1 + 5 + 10) + (1 + 1 + 10)
+    assert computed() == 9 + 15 + 20 + branches
+    assert computed(min_shared_prefix=5) == 6 + 3 * 3 + 9 + 14 + branches  # and its own 3 of one are too few
+    assert computed(share_prefixes=False) == 3 * (9 + 15 + 20) + copies
+
+
+def test_each_kind_of_pass_has_its_own_budget_of_tokens(make: Make) -> None:
+    def passes(**changes: int) -> tuple[int, int]:
+        """Forward passes of a training step and of a pass without gradient."""
+        trained, calls = make(**changes), []
+        trained.model.trunk.register_forward_hook(lambda *_: calls.append(1))
+        trained.train(BATCH, OBJECTIVE)
+        in_training = len(calls)
+        trained.logprobs(BATCH)
+        return in_training, len(calls) - in_training
+
+    assert passes() == (1, 1)
+    assert passes(train_mb_tokens=1) == (9, 1)
+    assert passes(logprob_mb_tokens=1) == (1, 9)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_reference_keeps_the_starting_weights_and_gives_the_current_ones_back(make: Make, precision: str) -> None:
     trained = make(with_reference=True, precision=precision, **ADAMW)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nemo_rl.errors import CheckpointError
+from nemo_rl.errors import BackendError, CheckpointError
 from nemo_rl.models.load import load_tokenizer, model_identity
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
 from nemo_rl.training.pytorch.optim import MasterWeights, build_optimizer, build_scheduler, clip_grad_norm
@@ -29,11 +29,16 @@ class Trained:
     """A tiny model with all that trains it."""
 
     def __init__(
-        self, seed: int, dtype: torch.dtype, family: str = "llama", optimizer: str = "torch.optim.AdamW"
+        self,
+        seed: int,
+        dtype: torch.dtype,
+        family: str = "llama",
+        optimizer: str = "torch.optim.AdamW",
+        lr: float = 1e-2,
     ) -> None:
         self.model: PreTrainedModel = tiny_model(family, seed=seed, dtype=dtype, tie_word_embeddings=True)
         self.masters = MasterWeights(self.model)
-        self.optimizer = build_optimizer(self.masters.parameters, optimizer, {"lr": 1e-2})
+        self.optimizer = build_optimizer(self.masters.parameters, optimizer, {"lr": lr})
         self.scheduler = build_scheduler(self.optimizer, CHAIN)
         identity = model_identity(self.model.config)
         self.state = TrainingState(self.masters.named, self.optimizer, self.scheduler, identity)
@@ -78,7 +83,6 @@ def test_a_restored_run_continues_bit_for_bit(
 ) -> None:
     run, restored = Trained(0, dtype), Trained(1, dtype)
     run.steps(0, before)
-    restored.steps(7, 8)  # its optimizer has a state of its own, to be replaced
     save_state(tmp_path / "policy", run.state, tokenizer)
     load_state(tmp_path / "policy", restored.state)
     restored.masters.publish()
@@ -86,6 +90,21 @@ def test_a_restored_run_continues_bit_for_bit(
     assert all(torch.equal(weight, restored.masters.named[name]) for name, weight in run.masters.named.items())
     assert all(map(torch.equal, run.model.parameters(), restored.model.parameters()))
     assert restored.scheduler.get_last_lr() == run.scheduler.get_last_lr()
+
+
+def test_a_learning_rate_changed_on_resume_holds_from_then_on(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    run = Trained(0, torch.float32)
+    run.steps(0, 6)  # two steps into the second of its schedules
+    save_state(tmp_path / "policy", run.state, tokenizer)
+    faster, restored = (Trained(0, torch.float32, lr=3e-2) for _ in range(2))
+    load_state(tmp_path / "policy", restored.state)
+    faster.steps(0, 6)
+    for step in range(6, 9):
+        assert restored.scheduler.get_last_lr() == faster.scheduler.get_last_lr()
+        faster.steps(step, step + 1)
+        restored.steps(step, step + 1)
 
 
 def test_the_layout_is_that_of_nemo_rl(saved: Path) -> None:
@@ -101,7 +120,7 @@ def test_the_layout_is_that_of_nemo_rl(saved: Path) -> None:
 @pytest.mark.parametrize(
     "part", ["weights/__0_0.distcp", "weights/.metadata", "optimizer/__0_0.distcp", "checkpoint.json"]
 )
-@pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbage", "one bit"])
 def test_a_damaged_checkpoint_is_refused_in_one_sentence(saved: Path, part: str, damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     shutil.copytree(saved, folder)
@@ -111,9 +130,37 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(saved: Path, part: str,
         (folder / part).write_bytes(content[: len(content) // 2])
     if damage == "garbage":
         (folder / part).write_bytes(b"\x93" * len(content))
+    if damage == "one bit":
+        middle = len(content) // 2
+        (folder / part).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     run = Trained(1, torch.bfloat16)
+    before = run.weights()
     with pytest.raises(CheckpointError, match=re.escape(str(folder))):
         load_state(folder, run.state)
+    assert all(torch.equal(weight, before[name]) for name, weight in run.masters.named.items())
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "{}", "null", '{"identity": 5, "optimizer": 5, "steps": "many", "files": []}']
+)
+def test_a_manifest_that_is_something_else_is_refused_in_one_sentence(
+    saved: Path, manifest: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(saved, folder)
+    (folder / "checkpoint.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=r"is not a whole checkpoint: [^\n]*; resume from another one$"):
+        load_state(folder, Trained(1, torch.bfloat16).state)
+
+
+def test_a_schedule_shorter_than_the_checkpoint_is_refused_before_a_weight_changes(saved: Path, tmp_path: Path) -> None:
+    run = Trained(1, torch.bfloat16)
+    one_step = {"name": "torch.optim.lr_scheduler.OneCycleLR", "kwargs": {"max_lr": 1.0, "total_steps": 1}}
+    scheduler = build_scheduler(run.optimizer, [one_step])
+    before = run.weights()
+    with pytest.raises(BackendError, match="cannot go on after optimizer step 2"):
+        load_state(saved, TrainingState(run.masters.named, run.optimizer, scheduler, run.state.identity))
+    assert all(torch.equal(weight, before[name]) for name, weight in run.masters.named.items())
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_a_chain_of_schedulers_gives_these_learning_rates(chain: tuple[Any, ...]
         ((LINEAR, HALF, HALF, {"milestones": [3, 2]}), r"not \[3, 2\]"),
         (({"name": "torch.optim.AdamW"},), "is not a LRScheduler"),
         (({"name": LINEAR["name"], "kwargs": {"steps": 1}},), "LinearLR refuses the arguments .*steps"),
+        (({"name": "torch.optim.lr_scheduler.ReduceLROnPlateau"},), "decides by a metric"),
+        ((LINEAR, {"name": "torch.optim.lr_scheduler.ReduceLROnPlateau"}, {"milestones": [3]}), "decides by a metric"),
     ],
 )
 def test_a_chain_that_cannot_be_built_says_why(chain: tuple[Any, ...], words: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,66 @@ def test_a_worker_goes_on_where_another_saved_with_an_objective_that_travelled(
     assert other.train(*travelled) == policy.train(batch, objective)
     assert torch.equal(other.logprobs(batch), policy.logprobs(batch))
     assert other.describe() == policy.describe()
+
+
+def test_log_probabilities_are_those_of_the_truncated_distribution_that_was_sampled_from(tiny_llama: Path) -> None:
+    rule = {"temperature": 0.7, "top_p": 0.8, "top_k": 50, "min_p": 0.05}
+    worker = PolicyWorker(policy_config(tiny_llama, **rule), str(tiny_llama))
+    sampling = SamplingParams(max_new_tokens=6, temperature=0.7, top_p=0.8, top_k=50, min_p=0.05)
+    batch = to_batch(worker.generate([replace(request, sampling=sampling) for request in REQUESTS]))
+    sampled = batch.token_columns["rollout_logprobs"]
+    torch.testing.assert_close(worker.logprobs(batch), sampled, rtol=0, atol=1e-4)
+    metrics = scalars(worker.train(batch, ClippedPolicyObjective(on_policy=True)))
+    assert metrics["token_mult_prob_error"] == pytest.approx(1.0, abs=1e-4)
+    for name, value in {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": 0.9}.items():  # each one counts
+        other = PolicyWorker(policy_config(tiny_llama, **rule | {name: value}), str(tiny_llama))
+        assert (other.logprobs(batch) - sampled).abs().max() > 1e-2, name
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("bfloat16_autocast", torch.bfloat16)],
+)
+def test_sampling_scoring_and_training_compute_in_the_precision_asked_for(
+    precision: str, dtype: torch.dtype, tiny_llama: Path
+) -> None:
+    config = policy_config(tiny_llama).model_copy(update={"precision": precision})
+    worker = PolicyWorker(config, str(tiny_llama))
+    seen: set[torch.dtype] = set()
+    worker._backend.model.module.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(
+        lambda module, inputs, output: seen.add(output.dtype)
+    )
+    batch = to_batch(worker.generate(REQUESTS))
+    assert seen == {dtype}
+    seen.clear()
+    worker.logprobs(batch)
+    assert seen == {dtype}
+    seen.clear()
+    worker.train(batch, ClippedPolicyObjective(on_policy=True))
+    assert seen == {dtype}
+    assert {weight.dtype for weight in worker._backend._masters.parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize(("max_batch_size", "rows"), [(1, 1), (3, 3), (64, 4)])
+def test_at_most_so_many_answers_run_side_by_side(max_batch_size: int, rows: int, tiny_llama: Path) -> None:
+    worker = PolicyWorker(policy_config(tiny_llama, max_batch_size=max_batch_size), str(tiny_llama))
+    sizes: list[int] = []
+    worker._backend.model.module.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: sizes.append(inputs[0].numel())
+    )
+    requests = [replace(request, prompt_ids=torch.tensor([10 + i])) for i, request in enumerate(REQUESTS)]
+    worker.generate(requests)
+    assert max(sizes) == rows
+
+
+def test_the_worker_computes_on_the_threads_it_is_given(tiny_llama: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (3, 2):
+            PolicyWorker(policy_config(tiny_llama).model_copy(update={"num_threads": num_threads}), str(tiny_llama))
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_stop_strings_are_read_with_the_tokenizer_of_the_model(tiny_llama: Path) -> None:

@@ -1,12 +1,14 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig
@@ -16,8 +18,9 @@ from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, model_identity
+from nemo_rl.objectives.truncation import Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
-from nemo_rl.training.pytorch.optim import MasterWeights, build_optimizer, build_scheduler, clip_grad_norm
+from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler, clip_grad_norm
 from nemo_rl.training.step import Scorer, score_tokens, train_step
 
 
@@ -33,6 +36,16 @@ def _stage(link: SchedulerConfig | MilestonesConfig) -> Mapping[str, Any]:
     if isinstance(link, MilestonesConfig):
         return {"milestones": link.milestones}
     return {"name": link.name, "kwargs": link.kwargs}
+
+
+def build_optimization(config: PolicyConfig, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+    """Construct the optimizer and the learning-rate schedule of the `policy` section over float32 parameters.
+
+    Raises:
+        ConfigError: an import path or an argument is wrong.
+    """
+    optimizer = build_optimizer(parameters, config.optimizer.name, config.optimizer.kwargs)
+    return optimizer, build_scheduler(optimizer, [_stage(link) for link in config.scheduler])
 
 
 class PyTorchBackend:
@@ -58,16 +71,18 @@ class PyTorchBackend:
         self._config = config
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
-        self._optimizer = build_optimizer(self._masters.parameters, config.optimizer.name, config.optimizer.kwargs)
-        self._scheduler = build_scheduler(self._optimizer, [_stage(link) for link in config.scheduler])
+        self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
+        self._optimizer_steps = 0
         self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
+        sampling = config.generation
         self._scorer = Scorer(
             self.model,
-            temperature=config.generation.temperature,
+            temperature=sampling.temperature,
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             autocast=self.autocast,
+            truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p),
         )
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
@@ -86,8 +101,9 @@ class PyTorchBackend:
             raise BackendError(
                 f"the gradient norm is {norm}; lower the learning rate or look at the rollouts of this step"
             )
+        self._optimizer_steps += 1  # from here on the weights are others, even if this fails halfway
         self._optimizer.step()
-        self._scheduler.step()
+        advance(self._scheduler)
         self._masters.publish()
         return {"grad_norm": Mean(norm), "grad_norm_max": Max(norm), "learning_rate": Mean(rate)}
 
@@ -96,7 +112,7 @@ class PyTorchBackend:
         return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens)
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> Generator[None]:
         """Put the frozen starting weights in place of the current ones; no tensor is copied.
 
         Raises:
@@ -128,9 +144,10 @@ class PyTorchBackend:
         save_state(folder, self._state(), self._tokenizer)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; the reference weights stay those the run started from."""
+        """Restore what `save` wrote, once, before the first step; the reference weights stay those of the start."""
         load_state(folder, self._state())
         self._masters.publish()
+        self._optimizer_steps = self._scheduler.last_epoch
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
@@ -138,10 +155,11 @@ class PyTorchBackend:
         export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named)
 
     def describe(self) -> Mapping[str, Any]:
-        """Parameters, device and precision."""
+        """Parameters, device, precision, and how many optimizer steps were begun."""
         return {
             "model": type(self.model.module).__name__,
             "parameters": self.model.num_parameters,
             "device": str(self._scorer.device),
             "precision": self._config.precision,
+            "optimizer_steps": self._optimizer_steps,
         }

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, SequentialLR
 
-from nemo_rl.errors import ConfigError
+from nemo_rl.errors import BackendError, ConfigError
 
 _EXAMPLES: Mapping[type, str] = {
     Optimizer: "torch.optim.AdamW",
@@ -49,7 +49,8 @@ def build_scheduler(optimizer: Optimizer, chain: Sequence[Mapping[str, Any]] = (
             `{"milestones": [...]}` with the steps at which the next one takes over. Empty: a constant learning rate.
 
     Raises:
-        ConfigError: a path names no scheduler, one refuses its arguments, or the milestones do not fit the schedules.
+        ConfigError: a path names no scheduler or one that needs a metric, one refuses its arguments, or the milestones
+            do not fit the schedules.
     """
     stages = [stage for stage in chain if "name" in stage]
     milestones = [step for stage in chain for step in stage.get("milestones") or ()]
@@ -58,10 +59,7 @@ def build_scheduler(optimizer: Optimizer, chain: Sequence[Mapping[str, Any]] = (
             f"scheduler: {len(stages)} schedules in a row need {max(len(stages) - 1, 0)} rising milestones "
             f"between them, not {milestones}"
         )
-    schedulers = [
-        _construct(_import_class(stage["name"], LRScheduler), stage["name"], optimizer, **stage.get("kwargs") or {})
-        for stage in stages
-    ]
+    schedulers = [_build_stage(optimizer, stage["name"], stage.get("kwargs") or {}) for stage in stages]
     match schedulers:
         case []:
             return ConstantLR(optimizer, factor=1.0, total_iters=0)
@@ -69,6 +67,33 @@ def build_scheduler(optimizer: Optimizer, chain: Sequence[Mapping[str, Any]] = (
             return single
         case _:
             return SequentialLR(optimizer, schedulers, milestones)
+
+
+def _build_stage(optimizer: Optimizer, name: str, kwargs: Mapping[str, Any]) -> LRScheduler:
+    kind = _import_class(name, LRScheduler)
+    try:
+        inspect.signature(kind.step).bind(kind)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name} decides by a metric and policy.scheduler is stepped without one ({error}); choose a schedule over "
+            f"steps such as {_EXAMPLES[LRScheduler]}"
+        ) from error
+    return _construct(kind, name, optimizer, **kwargs)
+
+
+def advance(scheduler: LRScheduler) -> None:
+    """Set the learning rates of the next optimizer step.
+
+    Raises:
+        BackendError: the schedule does not go so far.
+    """
+    try:
+        scheduler.step()
+    except Exception as error:
+        raise BackendError(
+            f"the learning-rate schedule cannot go on after optimizer step {scheduler.last_epoch}: {error}; make "
+            "policy.scheduler as long as the run"
+        ) from error
 
 
 def _import_class[T](path: str, base: type[T]) -> type[T]:
@@ -125,7 +150,8 @@ class MasterWeights:
     def publish(self) -> None:
         """Round the masters into the model's own weights, in place."""
         if self._copies:
-            torch._foreach_copy_([weight for weight, _ in self._copies], [master for _, master in self._copies])
+            weights, masters = zip(*self._copies, strict=True)
+            torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateUsage]
 
 
 def _gradient_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
