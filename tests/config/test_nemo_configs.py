@@ -1,0 +1,374 @@
+"""NeMo RL's YAML, v0.3 to v0.5: every key is mapped, or ignored with a reason, or refused with what to use instead."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import create_model
+
+from nemo_rl.cli import main
+from nemo_rl.config.load import LoadedConfig, load_config
+from nemo_rl.config.migrate import migrate
+from nemo_rl.config.nemo.translate import translate
+from nemo_rl.config.schema.algorithms import GRPOConfig, GRPOLoopConfig
+from nemo_rl.config.sources import Tree, keys_of
+from nemo_rl.errors import ConfigError
+
+FILES = Path(__file__).parent / "nemo"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+
+
+def load(path: str | Path, *overrides: str) -> LoadedConfig[GRPOConfig]:
+    return load_config(path, overrides, GRPOConfig)
+
+
+def error_of(path: str | Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, *overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def migrated(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The clean form, and the keys that notes speak of."""
+    text, notes = migrate(path)
+    return yaml.safe_load(text), [note.split(" ")[0] for note in notes]
+
+
+def translated(values: dict[str, Any], algorithm: str = "grpo") -> tuple[dict[str, Any], tuple[str, ...]]:
+    tree = Tree(values, {key: f"f.yaml:{line}" for line, key in enumerate(keys_of(values), 1)})
+    notes = translate(tree, GRPOConfig, algorithm)
+    return tree.values, notes
+
+
+def test_the_flat_form_means_the_same_here() -> None:
+    loaded = load(FILES / "grpo_v03.yaml")
+    config, policy = loaded.config, loaded.config.policy
+    assert config.loss_fn.reduction == "token_mean"
+    assert config.checkpointing.metric_name == "val:accuracy"
+    assert (policy.train_mb_tokens, policy.logprob_mb_tokens) == (4 * 512, 8 * 512)
+    assert (policy.max_total_sequence_length, policy.generation.max_new_tokens) == (512 + 512, 512)
+    assert policy.generation.vllm_cfg.max_model_len is None
+    assert policy.optimizer.kwargs["foreach"] is False
+    assert config.data.model_dump(exclude_none=True) == {
+        "train": {**OPEN_MATH, "split": "train_1M[5%:]"},
+        "validation": {**OPEN_MATH, "split": "train_1M[:5%]"},
+        "shuffle": True,
+        "num_workers": 0,
+        "prompt": load(EXAMPLES / "grpo_math_1B.yaml").config.data.prompt,
+        "max_input_seq_length": 512,
+        "too_long": "skip",
+    }
+    assert config.env["math"].type == "math"
+    assert config.logger.wandb.name == "grpo-dev-logger"
+    assert loaded.sources["policy.train_mb_tokens"] == f"{FILES / 'grpo_v03.yaml'}:43"
+    assert [note.split(" ")[0] for note in loaded.notes] == [
+        "grpo.val_batch_size",
+        "policy.max_total_sequence_length",
+        "data.dataset_name",
+        "logger.monitor_gpus",
+    ]
+
+
+OPEN_MATH = {
+    "environment": "math",
+    "name": "hub",
+    "path": "nvidia/OpenMathInstruct-2",
+    "prompt_key": "problem",
+    "answer_key": "expected_answer",
+}
+
+
+def test_the_form_by_split_means_the_same_here() -> None:
+    loaded = load(FILES / "grpo_v05.yaml")
+    config, policy = loaded.config, loaded.config.policy
+    assert config.loss_fn.reduction == "sequence_mean"
+    assert config.loss_fn.kl_output_clamp_value == 1e9
+    assert (config.grpo.normalize_rewards, config.grpo.use_leave_one_out_baseline) == (False, True)
+    assert (policy.train_mb_tokens, policy.logprob_mb_tokens) == (2 * 1024, 4 * 1024)
+    assert (policy.max_total_sequence_length, policy.generation.max_new_tokens) == (1024, 512)
+    assert config.data.train == load(FILES / "grpo_v03.yaml").config.data.train
+    assert config.data.validation == load(FILES / "grpo_v03.yaml").config.data.validation
+    assert [note.split(" ")[0] for note in loaded.notes] == [
+        "grpo.val_batch_size",
+        "policy.dtensor_cfg.activation_checkpointing",
+        "policy.sequence_packing.algorithm",
+        "policy.sequence_packing.sequence_length_round",
+        "policy.generation.vllm_cfg.enable_vllm_metrics_logger",
+        "data.train",
+        "logger.monitor_gpus",
+    ]
+
+
+@pytest.mark.parametrize("name", ["grpo_v03", "grpo_v05"])
+def test_a_run_takes_the_file_and_tells_once_what_it_ignores(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = FILES / f"{name}.yaml"
+    assert main(["grpo", "--dry-run", "--config", str(path)]) == 0
+    captured = capsys.readouterr()
+    notes = captured.err.splitlines()
+    assert len(set(notes)) == len(notes) > 3
+    assert all(note.startswith("note: ") for note in notes)
+    assert f"note: grpo.val_batch_size ({FILES / 'grpo_v03.yaml'}:14) is ignored: answers are sampled" in captured.err
+    assert "1,543,714,304 parameters" in captured.out
+
+
+@pytest.mark.parametrize("name", ["grpo_v03", "grpo_v05"])
+def test_the_migrated_file_describes_the_same_run_without_a_note(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["migrate", str(FILES / f"{name}.yaml")]) == 0
+    captured = capsys.readouterr()
+    path = tmp_path / "clean.yaml"
+    path.write_text(captured.out)
+    assert load(path).config == load(FILES / f"{name}.yaml").config
+    assert load(path).notes == ()
+    assert captured.err.startswith("note: ")
+
+
+def test_what_is_clean_stays_as_it_is() -> None:
+    path = EXAMPLES / "grpo_math_1B.yaml"
+    text, notes = migrate(path)
+    assert notes == ()
+    assert GRPOConfig.model_validate(yaml.safe_load(text)) == load(path).config
+
+
+def test_dpo_is_translated_with_its_report() -> None:
+    clean, noted = migrated(FILES / "dpo.yaml")
+    assert clean["dpo"]["max_val_samples"] == 8 * 16
+    assert clean["dpo"]["sft_average_log_probs"] is False
+    assert "val_batches" not in clean["dpo"]
+    assert clean["checkpointing"]["metric_name"] == "val:loss"
+    assert clean["data"]["train"] == {"name": "HelpSteer3", "split": "train"}
+    assert clean["data"]["validation"] == {"name": "HelpSteer3", "split": "validation"}
+    assert clean["policy"].keys().isdisjoint({"dtensor_cfg", "megatron_cfg", "dynamic_batching", "sequence_packing"})
+    assert noted == [
+        "dpo.val_micro_batch_size",
+        "policy.dtensor_cfg.env_vars",
+        "logger.monitor_gpus",
+        "logger.tensorboard.log_dir",
+    ]
+
+
+def test_sft_is_translated_with_its_report() -> None:
+    clean, noted = migrated(FILES / "sft.yaml")
+    assert clean["policy"]["train_mb_tokens"] == 1024
+    assert clean["policy"]["tokenizer"]["chat_template"].startswith("{% for message in messages %}")
+    assert clean["data"]["train"] == {"name": "squad"}
+    assert clean["data"]["validation"] == {"name": "squad", "split": "validation"}
+    assert clean["logger"]["wandb"]["name"] == "sft-dev-squad"
+    assert noted == [
+        "sft.val_micro_batch_size",
+        "policy.dtensor_cfg.sequence_parallel",
+        "policy.sequence_packing.algorithm",
+        "policy.sequence_packing.sequence_length_round",
+        "data.add_bos",
+        "data.add_eos",
+        "data.add_generation_prompt",
+        "logger.tensorboard.log_dir",
+    ]
+
+
+def test_rm_is_translated_with_its_report() -> None:
+    clean, noted = migrated(FILES / "rm.yaml")
+    assert (clean["rm"]["max_num_steps"], clean["rm"]["max_val_samples"]) == (1_000_000, 1_000_000)
+    assert clean["checkpointing"]["save_period"] == 16
+    assert "message['content']" in clean["policy"]["tokenizer"]["chat_template"]
+    pairs = {"name": "local", "chosen_key": "better", "rejected_key": "worse"}
+    assert clean["data"]["train"] == {**pairs, "path": "pairs.jsonl"}
+    assert clean["data"]["validation"] == {**pairs, "path": "held_out.jsonl"}
+    assert noted == ["rm.val_micro_batch_size"]
+
+
+def test_distillation_follows_merge_keys_and_relative_interpolation() -> None:
+    clean, noted = migrated(FILES / "distillation.yaml")
+    policy, teacher = clean["policy"], clean["teacher"]
+    assert policy["tokenizer"]["name"] == policy["model_name"] == "Qwen/Qwen3-1.7B-Base"
+    assert teacher["tokenizer"]["name"] == teacher["model_name"] == "Qwen/Qwen3-4B"
+    assert (policy["train_mb_tokens"], policy["logprob_mb_tokens"]) == (8192, 2 * 8192)
+    assert (teacher["train_mb_tokens"], teacher["logprob_mb_tokens"]) == (4096, 2 * 4096)
+    assert clean["loss_fn"] == {"kl_type": "mixed", "mixed_kl_weight": 0.5, "zero_outside_topk": False}
+    assert clean["data"]["train"]["path"] == "agentica-org/DeepScaleR-Preview-Dataset"
+    assert clean["data"]["validation"]["path"] == "HuggingFaceH4/aime_2024"
+    assert clean["logger"]["wandb"]["name"] == "DeepScaler-Qwen/Qwen3-4B-mixed"
+    assert len(set(noted)) == len(noted)
+    assert {"teacher.generation", "teacher.dtensor_cfg.cpu_offload", "logger.swanlab_enabled"} <= set(noted)
+    assert "policy.dtensor_cfg.cpu_offload" not in noted
+
+
+def test_eval_is_translated_with_its_report() -> None:
+    clean, noted = migrated(FILES / "eval.yaml")
+    assert clean["generation"]["model_name"] == clean["tokenizer"]["name"] == "Qwen/Qwen2.5-Math-1.5B-Instruct"
+    assert clean["generation"]["vllm_cfg"]["max_model_len"] == clean["generation"]["max_new_tokens"] == 2048
+    assert "top_k" not in clean["generation"]
+    assert clean["data"]["dataset_name"] == "aime2024"
+    assert clean["env"] == {"math": {"type": "math", "num_workers": 8}}
+    assert noted == ["generation.num_prompts_per_step"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("policy.dtensor_cfg.tensor_parallel_size=2", "this version trains on one device: set it to 1"),
+        ("policy.dtensor_cfg.lora_cfg.enabled=true", "this version trains all weights: set enabled to false"),
+        ("policy.megatron_cfg.enabled=true", "set enabled to false and give policy.optimizer and scheduler"),
+        ("grpo.async_grpo.enabled=true", "sampling and training take turns: set enabled to false"),
+        ("grpo.use_dynamic_sampling=true", "no group is drawn again: set it to false"),
+        ("grpo.reward_shaping.enabled=true", "rewards are those of the environment"),
+        ("grpo.max_rollout_turns=5", "grpo.max_rollout_turns = 5 (command line) cannot be translated: a rollout has"),
+        ("grpo.adv_estimator={name: gdpo}", "set name to grpo"),
+        ("loss_fn.sequence_level_importance_ratios=true", "a ratio is a token's"),
+        ("loss_fn.truncated_importance_sampling_ratio=2.0", "set it to null"),
+        ("policy.generation.vllm_cfg.pipeline_parallel_size=2", "tensor_parallel_size alone"),
+        ("policy.generation.vllm_kwargs={max_num_seqs: 8}", "takes what vllm_cfg names"),
+        ("data.dataset_name=no_such_set", "write data.train={name: hub"),
+        ("data.processor=my_processor", "data.train={name: custom}"),
+        ("+data.train=[{dataset_name: DeepScaler}]", "one data set"),
+        ("+env.code={num_workers: 2}", "{type: function, path: 'module:function'}"),
+    ],
+)
+def test_what_would_be_another_run_is_refused_with_what_to_use(override: str, says: str) -> None:
+    message = error_of(FILES / "grpo_v03.yaml", override)
+    assert "(command line) cannot be translated: " in message
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("policy.dtensor_cfg.tensor_paralel_size=1", "did you mean policy.dtensor_cfg.tensor_parallel_size?"),
+        ("policy.generation.vllm_cfg.enforce_eger=true", "did you mean policy.generation.vllm_cfg.enforce_eager?"),
+        ("grpo.nonsense=1", "unknown key grpo.nonsense (command line)"),
+        ("grpo.sed=1", "did you mean grpo.seed?"),
+        ("polcy.seed=1", "unknown key polcy (command line): did you mean policy?"),
+    ],
+)
+def test_a_key_that_nobody_knows_stays_an_error(override: str, says: str) -> None:
+    assert says in error_of(FILES / "grpo_v03.yaml", override)
+
+
+def test_an_unknown_key_of_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "child.yaml"
+    path.write_text(f"defaults: {FILES / 'grpo_v03.yaml'}\npolicy:\n  megatron_cfgs: {{}}\n")
+    message = error_of(path)
+    assert message == f"unknown key policy.megatron_cfgs ({path}:3): did you mean policy.megatron_cfg?"
+
+
+def test_several_problems_are_told_together() -> None:
+    message = error_of(FILES / "grpo_v03.yaml", "policy.dtensor_cfg.tensor_parallel_size=2", "grpo.nonsense=1")
+    assert "tensor_parallel_size = 2" in message
+    assert "unknown key grpo.nonsense" in message
+
+
+def test_overrides_may_use_either_name_and_the_new_one_wins() -> None:
+    loaded = load(FILES / "grpo_v03.yaml", "policy.train_micro_batch_size=2", "loss_fn.token_level_loss=false")
+    assert loaded.config.policy.train_mb_tokens == 2 * 512
+    assert loaded.config.loss_fn.reduction == "sequence_mean"
+    config = load(FILES / "grpo_v03.yaml", "policy.train_mb_tokens=99", "policy.train_micro_batch_size=2").config
+    assert config.policy.train_mb_tokens == 99
+    local = load(
+        FILES / "grpo_v05.yaml", "data.train={name: local, path: a.jsonl}", "data.validation={dataset_name: AIME2024}"
+    )
+    assert (local.config.data.train.name, local.config.data.train.path) == ("local", "a.jsonl")
+    assert local.config.data.validation.path == "HuggingFaceH4/aime_2024"
+
+
+def test_one_old_key_is_enough_and_none_changes_nothing() -> None:
+    recipe = "grpo_arithmetic_smollm2"
+    total = load(recipe).config.policy.max_total_sequence_length
+    config = load(recipe, "policy.train_micro_batch_size=2").config
+    assert config == load(recipe, f"policy.train_mb_tokens={2 * total}").config
+    assert load(recipe).notes == ()
+    assert "must start with 'train:' or 'val:'" in error_of(
+        "grpo_arithmetic_smollm2", "checkpointing.metric_name=val_reward"
+    )
+    assert "unknown key logger.wandb.projct" in error_of("grpo_arithmetic_smollm2", "logger.wandb.projct=x")
+
+
+def test_another_algorithm_is_sent_to_its_command(tmp_path: Path) -> None:
+    assert error_of(FILES / "dpo.yaml") == (
+        f"dpo ({FILES / 'dpo.yaml'}:1) is the section of another algorithm: use `nemo-rl dpo`"
+    )
+    (tmp_path / "other.yaml").write_text("repos: []\n")
+    with pytest.raises(ConfigError, match="has no section of an algorithm"):
+        migrate(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("val_reward", "val:accuracy"),
+        ("val:reward", "val:accuracy"),
+        ("val_loss", "val:loss"),
+        ("val:val_loss", "val:loss"),
+        ("train_loss", "train:loss"),
+        ("validation-default_loss", "val:loss"),
+        ("val:validation-my_set_accuracy", "val:accuracy"),
+        ("val:accuracy", "val:accuracy"),
+        (None, None),
+    ],
+)
+def test_names_of_metrics_of_all_versions_are_understood(old: str | None, new: str | None) -> None:
+    values = {"checkpointing": {"metric_name": old, "save_optimizer": True}}
+    assert translated(values)[0] == {"checkpointing": {"metric_name": new}}
+
+
+@pytest.mark.parametrize(
+    ("data", "clean"),
+    [
+        (
+            {"dataset_name": "ResponseDataset", "train_data_path": "a.jsonl", "input_key": "question"},
+            {"train": {"name": "local", "path": "a.jsonl", "prompt_key": "question", "answer_key": "output"}},
+        ),
+        (
+            {"train": {"data_path": "org/set", "split": "test", "env_name": "math"}, "default": {"output_key": "gold"}},
+            {
+                "train": {
+                    "name": "hub",
+                    "path": "org/set",
+                    "prompt_key": "input",
+                    "answer_key": "gold",
+                    "split": "test",
+                    "environment": "math",
+                }
+            },
+        ),
+        (
+            {"train": {"data_path": "a.csv", "prompt_file": "mine.txt", "system_prompt_file": "s.txt"}},
+            {
+                "train": {"name": "local", "path": "a.csv", "prompt_key": "input", "answer_key": "output"},
+                "prompt_file": "mine.txt",
+                "system_prompt_file": "s.txt",
+            },
+        ),
+        (
+            {"dataset_name": "Tulu3Preference"},
+            {
+                "train": {"name": "tulu3_preference", "split": "train[5%:]"},
+                "validation": {"name": "tulu3_preference", "split": "train[:5%]"},
+            },
+        ),
+    ],
+)
+def test_both_forms_of_data_are_understood(data: dict[str, Any], clean: dict[str, Any]) -> None:
+    values = {"data": data, "grpo": {"batch_multiplier": 1}}
+    assert translated(values)[0] == {"data": clean}
+
+
+def test_a_template_file_of_the_users_stays_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cot.txt").write_text("Think. {}")
+    values = {"data": {"prompt_file": "cot.txt", "dataset_name": "DeepScaler"}}
+    assert translated(values)[0]["data"]["prompt_file"] == "cot.txt"
+    (tmp_path / "cot.txt").unlink()
+    assert "step-by-step" in translated(values)[0]["data"]["prompt"]
+
+
+def test_a_rule_about_what_is_missing_ends_when_the_schema_has_the_key() -> None:
+    class Loop(GRPOLoopConfig):
+        use_dynamic_sampling: bool = False
+
+    schema = create_model("Config", __base__=GRPOConfig, grpo=(Loop, Loop()))
+    tree = Tree({"grpo": {"use_dynamic_sampling": True, "batch_multiplier": 1}})
+    assert translate(tree, schema) == ()
+    assert tree.values == {"grpo": {"use_dynamic_sampling": True}}
