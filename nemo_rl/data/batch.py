@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nemo_rl.data.types import Rollout, RolloutGroup
+from nemo_rl.data.types import Example, Preference, Rollout, RolloutGroup
 from nemo_rl.errors import DataError
 
 
@@ -94,6 +94,55 @@ class TokenBatch:
                 "rewards": torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32),
                 "truncated": torch.tensor([rollout.stop_reason == "length" for rollout in rollouts]),
             },
+        )
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[Example]) -> Self:
+        """Lay examples side by side, in order, each as a group of its own.
+
+        Token columns: `loss_mask`. Sequence columns: `chosen` bool, if every example is judged desirable or not.
+
+        Raises:
+            DataError: no example at all, the columns of one differ in length, or some are judged and others are not.
+        """
+        batch = cls._side_by_side(examples, torch.arange(len(examples)))
+        judged = [example.desirable for example in examples if example.desirable is not None]
+        if not judged:
+            return batch
+        if len(judged) < len(examples):
+            raise DataError(f"only {len(judged)} of {len(examples)} examples are judged; label all of them, or none")
+        return batch.with_sequence_columns(chosen=torch.tensor(judged))
+
+    @classmethod
+    def from_preferences(cls, preferences: Sequence[Preference]) -> Self:
+        """Lay pairs side by side, in order, each as a group: first the chosen sequence, then the rejected one.
+
+        Token columns: `loss_mask`. Sequence columns: `chosen` bool, `margins` float32 (the pair's, at both sequences).
+
+        Raises:
+            DataError: no pair at all, or the columns of a sequence differ in length.
+        """
+        sequences = [example for pair in preferences for example in (pair.chosen, pair.rejected)]
+        margins = torch.tensor([pair.margin for pair in preferences], dtype=torch.float32)
+        return cls._side_by_side(sequences, torch.arange(len(preferences)).repeat_interleave(2)).with_sequence_columns(
+            chosen=torch.tensor([True, False]).repeat(len(preferences)), margins=margins.repeat_interleave(2)
+        )
+
+    @classmethod
+    def _side_by_side(cls, examples: Sequence[Example], group_ids: Tensor) -> Self:
+        if not examples:
+            raise DataError("a TokenBatch needs at least one example, and none was given")
+        for example in examples:
+            if len(example.token_ids) != len(example.loss_mask):
+                raise DataError(
+                    f"example {example.index} has {len(example.token_ids)} token_ids and {len(example.loss_mask)} "
+                    "loss_mask values; it needs one of each per token"
+                )
+        return cls(
+            token_ids=torch.cat([example.token_ids for example in examples]),
+            cu_seqlens=_running_total(torch.tensor([len(example.token_ids) for example in examples])),
+            group_ids=group_ids,
+            token_columns={"loss_mask": torch.cat([example.loss_mask for example in examples])},
         )
 
     @classmethod

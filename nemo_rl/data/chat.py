@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jinja2 import TemplateError
 
-from nemo_rl.data.types import Message
+from nemo_rl.data.types import Message, Tool
 from nemo_rl.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
+_PLACEHOLDER = re.compile(r"\[:(\d+):\]")
+_FIRST_WORD = re.compile(r"\s*\S*")
+_ASSISTANT = frozenset({"assistant"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,17 @@ class PromptFormat:
         return (*system, *head, *self.examples, *turns, wrapped)
 
 
+def check_spoken(messages: Sequence[Message], where: str) -> None:
+    """Refuse a message without words or tool calls: there is nothing to learn from it.
+
+    Raises:
+        DataError: it begins with `where`.
+    """
+    for message in messages:
+        if not message["content"].strip() and not message.get("tool_calls"):
+            raise DataError(f"{where} has an empty {message['role']} message; remove the record, or fill it in")
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:
     """Tokenize a conversation up to the point where the policy speaks.
 
@@ -72,68 +87,201 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], roles: Collection[str] = frozenset({"assistant"})
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    roles: Collection[str] = _ASSISTANT,
+    *,
+    tools: Sequence[Tool] = (),
+    num_given: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Tokenize a whole conversation and mark what these roles said, the token that ends the turn included.
 
     A template with `{% generation %}` markers says itself which tokens are the assistant's. For other templates and
-    roles each message is the text that it adds to the rendered conversation before it; the header that the template
-    writes as a generation prompt is not part of it.
+    roles the words are looked up in the rendered conversation, see `_spans`; headers are nobody's.
+
+    Args:
+        tokenizer: whose chat template is applied.
+        messages: the conversation.
+        roles: whose words are marked.
+        tools: descriptions of the tools on offer, for templates that write them.
+        num_given: messages at the beginning that are never marked, e.g. the prompt that two answers share.
 
     Returns:
         `token_ids` int64 [T] and `loss_mask` bool [T].
 
     Raises:
-        DataError: the template rewrites earlier messages when later ones follow, so the difference tells nothing.
+        DataError: the template cannot write the conversation, or does not show who said what.
     """
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, messages, tools)
     token_ids, offsets = _tokenize(tokenizer, text)
-    template = tokenizer.get_chat_template()
-    if set(roles) == {"assistant"} and _GENERATION_MARKER.search(template):
-        marked = tokenizer.apply_chat_template(
-            _as_dicts(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return token_ids, torch.tensor(cast("BatchEncoding", marked)["assistant_masks"], dtype=torch.bool)
+    if frozenset(roles) == _ASSISTANT and _GENERATION_MARKER.search(_template(tokenizer, tools)):
+        loss_mask = _marked_by_template(tokenizer, messages, tools)
+        if num_given:
+            loss_mask &= offsets[:, 0] >= len(_prefix(tokenizer, messages, num_given, tools, text))
+        return token_ids, loss_mask
     loss_mask = torch.zeros(len(token_ids), dtype=torch.bool)
-    for position, message in enumerate(messages):
-        if message["role"] in roles:
-            start, stop = _span(tokenizer, messages, position, text)
-            loss_mask |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
+    wanted = [place for place, message in enumerate(messages) if place >= num_given and message["role"] in roles]
+    for start, stop in _spans(tokenizer, messages, wanted, tools, text):
+        loss_mask |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
     return token_ids, loss_mask
 
 
-def _span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], position: int, text: str) -> tuple[int, int]:
-    """Where in the rendered conversation this message stands, without header and without whitespace after its end."""
-    before, message = messages[:position], messages[position]
-    is_answer = message["role"] == "assistant" and position > 0
-    header = _render(tokenizer, before, add_generation_prompt=is_answer) if before else ""
-    through = _render(tokenizer, messages[: position + 1])
-    if not through.startswith(header) or not text.startswith(through):
-        raise DataError(
-            f"the chat template writes message {position} ({message['role']}) differently when messages are added, so "
-            "its tokens cannot be told apart; use a template with {% generation %} around the assistant's words"
-        )
-    # Only an answer has a generation prompt to tell its header by; elsewhere the words themselves are looked for.
-    start = len(header) if is_answer else through.rfind(message["content"].strip(), len(header))
-    return max(start, len(header)), len(through.rstrip())
+def _marked_by_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool]
+) -> Tensor:
+    """What the template's own generation markers enclose: bool [T]."""
+    marked = tokenizer.apply_chat_template(
+        _as_dicts(messages),
+        tools=_or_none(tools),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return torch.tensor(cast("BatchEncoding", marked)["assistant_masks"], dtype=torch.bool)
+
+
+def _spans(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    wanted: Sequence[int],
+    tools: Sequence[Tool],
+    text: str,
+) -> Iterator[tuple[int, int]]:
+    """Where in the rendered conversation the wanted messages stand, each with its end marker.
+
+    The conversation is rendered once more with a placeholder for each message. What lies between placeholders is the
+    template's, and if the words put back into the gaps give the conversation again, nothing is left to guess. A
+    message that the template does more with than write it down (it tells reasoning from answer, or adds a tool call) is
+    the text that it adds to the conversation before it.
+    """
+    words = _words(tokenizer, messages, tools, text)
+    ends: dict[str, str] = {}
+    for place in wanted:
+        role = messages[place]["role"]
+        if place in words:
+            if role not in ends:
+                ends[role] = _end_marker(tokenizer, messages[: place + 1], tools)
+            start, stop = words[place]
+            if text.startswith(ends[role], stop):
+                yield start, stop + len(ends[role])
+                continue
+        start = len(_prefix(tokenizer, messages, place, tools, text))
+        through = _render(tokenizer, messages[: place + 1], tools).rstrip()
+        if role != "assistant" or not text.startswith(through) or len(through) <= start:
+            raise _untold(place, role)
+        yield start, len(through)
+
+
+def _words(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool], text: str
+) -> dict[int, tuple[int, int]]:
+    """Where in `text` the words of each message stand, as far as placeholders show it.
+
+    Raises:
+        DataError: an answer follows other words without anything that tells them apart.
+    """
+    held = [
+        _with_words(message, f"[:{place}:]") if message["content"] else message
+        for place, message in enumerate(messages)
+    ]
+    pieces = _PLACEHOLDER.split(_render(tokenizer, held, tools))  # template, place, template, place, ... template
+    found: dict[int, tuple[int, int]] = {}
+    cursor = len(pieces[0])
+    if not text.startswith(pieces[0]) or len(set(pieces[1::2])) < len(pieces[1::2]):
+        return found
+    for before, number, after in zip(pieces[::2], pieces[1::2], pieces[2::2], strict=False):
+        place = int(number)
+        content = messages[place]["content"]
+        if messages[place]["role"] == "assistant" and found and not before.strip():
+            raise DataError(
+                f"the chat template writes message {place} (assistant) without any marker of who speaks; use a "
+                "template that puts one before the assistant's words"
+            )
+        forms = (content, content.strip(), content.rstrip(), content.lstrip())
+        said = next((form for form in forms if text.startswith(form + after, cursor)), None)
+        if said is None:
+            break
+        found[place] = (cursor, cursor + len(said))
+        cursor += len(said) + len(after)
+    return found
+
+
+def _end_marker(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+    """What the template writes after the last of these messages to end it, without whatever else ends the text."""
+    held = [*messages[:-1], _with_words(messages[-1], "[:0:]")]
+    after = _PLACEHOLDER.split(_render(tokenizer, held, tools))[-1]
+    first_word = _FIRST_WORD.match(after)
+    return first_word[0].rstrip() if first_word else ""
+
+
+def _prefix(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], size: int, tools: Sequence[Tool], text: str
+) -> str:
+    """Render the first messages, and the header of an answer that follows them.
+
+    Raises:
+        DataError: the rendered conversation does not begin with it.
+    """
+    is_answer = size > 0 and messages[size]["role"] == "assistant"
+    prefix = _render(tokenizer, messages[:size], tools, add_generation_prompt=is_answer) if size else ""
+    if not text.startswith(prefix):
+        raise _untold(size, messages[size]["role"])
+    return prefix
+
+
+def _untold(place: int, role: str) -> DataError:
+    return DataError(
+        f"the chat template writes message {place} ({role}) differently when messages are added, or not at "
+        "all, so its tokens cannot be told apart; use a template with {% generation %} around the assistant's "
+        "words, or make a record of its own for each answer"
+    )
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    *,
+    add_generation_prompt: bool = False,
 ) -> str:
     """Apply the chat template, as text."""
+    _template(tokenizer, tools)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            _as_dicts(messages),
+            tools=_or_none(tools),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"the chat template cannot write a conversation of {roles} ({error}); correct the conversation or set "
+            "policy.tokenizer.chat_template"
+        ) from error
+    return cast("str", rendered)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]) -> str:
+    """The chat template for a conversation with these tools."""
     if tokenizer.chat_template is None:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set policy.tokenizer.chat_template"
         )
-    return cast(
-        "str",
-        tokenizer.apply_chat_template(_as_dicts(messages), tokenize=False, add_generation_prompt=add_generation_prompt),
-    )
+    return tokenizer.get_chat_template(tools=_or_none(tools))
 
 
 def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return cast("list[dict[str, str]]", list(messages))
+
+
+def _or_none(tools: Sequence[Tool]) -> list[Any] | None:
+    """As Transformers wants them: templates ask whether there are `tools`."""
+    return list(tools) or None
+
+
+def _with_words(message: Message, words: str) -> Message:
+    return cast("Message", {**message, "content": words})
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, Tensor]:

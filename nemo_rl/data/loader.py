@@ -1,40 +1,53 @@
-"""`TaskLoader`: an endless stream of tasks that continues exactly where a checkpoint was taken."""
+"""`Loader`: an endless stream of items that continues exactly where a checkpoint was taken."""
 
+import logging
 import random
+import signal
 import warnings
-from collections.abc import Callable, Iterator
-from itertools import batched
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from nemo_rl.data.types import Task, TaskDataset
+from nemo_rl.data.types import ItemDataset, Task
 from nemo_rl.errors import CheckpointError, DataError
 
-type Processor = Callable[[Task], Task | None]
+type Processor[Item, Ready] = Callable[[Item], Ready | None]
+
+_log = logging.getLogger(__name__)
 
 
-def one_pass(dataset: TaskDataset, num_prompts: int, processor: Processor) -> Iterator[tuple[Task, ...]]:
-    """Go through a data set once, in order; the last batch may be smaller, so that no task is left out."""
-    tasks = (processor(dataset[index]) for index in range(len(dataset)))
-    return batched((task for task in tasks if task is not None), num_prompts)
+def one_pass[Item, Ready](dataset: ItemDataset[Item], processor: Processor[Item, Ready]) -> Iterator[Ready]:
+    """Go through a data set once, in order; an item is read and processed when it is asked for.
+
+    How many the processor turned down is logged in the end.
+    """
+    num_skipped = 0
+    for index in range(len(dataset)):
+        item = processor(dataset[index])
+        if item is None:
+            num_skipped += 1
+        else:
+            yield item
+    if num_skipped:
+        _log.info("%d of %d records are too long and are left out", num_skipped, len(dataset))
 
 
-class TaskLoader:
-    """Draws batches of exactly `num_prompts` tasks, endlessly.
+class Loader[Item, Ready]:
+    """Draws batches of exactly `num_prompts` items, endlessly: tasks, conversations or pairs.
 
     Every epoch is a new permutation decided by (seed, epoch) alone. The permutations follow each other without a seam:
-    a batch that an epoch cannot fill is filled from the next one, so every epoch shows every task once. A task that
+    a batch that an epoch cannot fill is filled from the next one, so every epoch shows every item once. An item that
     the processor turns down (a prompt too long) is passed over and counted, and the batch is still full.
     """
 
     def __init__(
         self,
-        dataset: TaskDataset,
+        dataset: ItemDataset[Item],
         num_prompts: int,
-        processor: Processor,
+        processor: Processor[Item, Ready],
         *,
         shuffle: bool = True,
         seed: int = 0,
@@ -43,9 +56,9 @@ class TaskLoader:
         """Prepare to draw; nothing is read yet.
 
         Args:
-            dataset: where the tasks come from.
-            num_prompts: tasks in one batch.
-            processor: applied to every task, in the loader processes if there are any; its None means skip.
+            dataset: where the items come from.
+            num_prompts: items in one batch.
+            processor: makes an item ready, in the loader processes if there are any; its None means skip.
             shuffle: permute every epoch; otherwise the data set's own order.
             seed: decides the permutations.
             num_workers: loader processes, to which data set and processor are pickled; 0 works in this one.
@@ -79,8 +92,9 @@ class TaskLoader:
                 collate_fn=_as_it_is,
                 # A fork of a process with torch's (or Ray's) threads can hang.
                 multiprocessing_context="forkserver" if num_workers else None,
+                worker_init_fn=_leave_interrupts_to_the_run,
             )
-        self._tasks: Iterator[Task | None] | None = None
+        self._tasks: Iterator[Ready | None] | None = None
 
     @property
     def epoch(self) -> int:
@@ -91,15 +105,15 @@ class TaskLoader:
         """A loader is its own, endless iterator."""
         return self
 
-    def __next__(self) -> list[Task]:
+    def __next__(self) -> list[Ready]:
         """Draw the next batch.
 
         Raises:
-            DataError: a whole epoch went by and every task was skipped.
+            DataError: a whole epoch went by and every item was skipped.
         """
         if self._tasks is None:
             self._tasks = iter(self._loader)
-        batch: list[Task] = []
+        batch: list[Ready] = []
         skipped_in_a_row = 0
         while len(batch) < self.num_prompts:
             task = next(self._tasks)
@@ -130,30 +144,44 @@ class TaskLoader:
         """Continue from `state_dict`; the next batch is the one that would have followed.
 
         Raises:
-            CheckpointError: the data set, the seed, the order or the number of loader processes changed since.
+            CheckpointError: the data set, the seed, the order or the number of loader processes changed since, or it is
+                not what `state_dict` gives.
         """
-        changed = [name for name, value in self._identity.items() if state["data"].get(name) != value]
+        match state:
+            case {"data": {**was}, "num_drawn": int(), "num_skipped": int(), "loader": {**position}} if position:
+                self._check_same_data(was)
+            case _:
+                raise CheckpointError(
+                    "the place in the training data is not in the form in which a checkpoint holds it; delete this "
+                    "checkpoint to resume from an earlier one"
+                )
+        self.num_drawn, self.num_skipped = state["num_drawn"], state["num_skipped"]
+        self._loader.load_state_dict(position)
+        self._tasks = None
+
+    def _check_same_data(self, was: Mapping[str, Any]) -> None:
+        now = self._identity
+        changed = [name for name, value in now.items() if was.get(name) != value]
         if changed:
-            was, now = state["data"], self._identity
             difference = ", ".join(f"{name} was {was.get(name)} and is {now[name]}" for name in changed)
             raise CheckpointError(
                 f"the training data changed since the checkpoint ({difference}); restore the data "
                 "section and the seed that it was made with, or start a new run"
             )
-        self.num_drawn = state["num_drawn"]
-        self.num_skipped = state["num_skipped"]
-        self._loader.load_state_dict(state["loader"])
-        self._tasks = None
 
 
-class _Processed(Dataset[Task | None]):
-    """A data set whose tasks are processed as they are read."""
+TaskLoader = Loader[Task, Task]
+"""Draws problems for the policy."""
 
-    def __init__(self, dataset: TaskDataset, processor: Processor) -> None:
+
+class _Processed[Item, Ready](Dataset[Ready | None]):
+    """A data set whose items are processed as they are read."""
+
+    def __init__(self, dataset: ItemDataset[Item], processor: Processor[Item, Ready]) -> None:
         self._dataset = dataset
         self._processor = processor
 
-    def __getitem__(self, index: int) -> Task | None:
+    def __getitem__(self, index: int) -> Ready | None:
         return self._processor(self._dataset[index])
 
 
@@ -197,6 +225,12 @@ class _Draws(Iterator[int]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._num_drawn = state["num_drawn"]
         self._order = []
+
+
+def _leave_interrupts_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; a loader that it ended would take the run along."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is[T](item: T) -> T:

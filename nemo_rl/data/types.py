@@ -6,7 +6,7 @@ it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from torch import Tensor
 
@@ -16,11 +16,15 @@ class Message(TypedDict):
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
 
 
-type StopReason = Literal["stop", "length", "deadline", "refused"]
-"""`stop`: a stop token or string; `length`: the token budget; `deadline`: cut by the clock; `refused`: too long to
-start."""
+type Tool = dict[str, Any]
+"""Description of a tool that the assistant may call: a JSON schema as in the OpenAI chat format."""
+
+
+type StopReason = Literal["stop", "length"]
+"""`stop`: a stop token or string; `length`: the token budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +46,85 @@ class Task:
     token_ids: Tensor | None = None
 
 
-class TaskDataset(Protocol):
-    """Tasks by position; task i has index i. It must pickle, for loader processes."""
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """One conversation to learn from.
+
+    Attributes:
+        messages: the whole conversation.
+        tools: the tools that the assistant could call in it.
+        index: position in the data set, the record's identity in logs and checkpoints.
+        desirable: whether its last answer is a good one; None where nobody judged it.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    index: int = 0
+    desirable: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPair:
+    """Two answers to one prompt, of which the first is preferred.
+
+    Attributes:
+        prompt: the conversation so far.
+        chosen: the messages of the preferred answer.
+        rejected: the messages of the other one.
+        tools: the tools that the assistant could call.
+        margin: by how much the first is preferred, in the unit of the data set; 0 where it does not say.
+        index: position in the data set.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    margin: float = 0.0
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence of tokens to learn from.
+
+    Attributes:
+        token_ids: int64 [T].
+        loss_mask: bool [T], true on the tokens to learn; never on the first, which nothing predicts.
+        index: position of its record in the data set.
+        desirable: whether the answer is a good one; None where nobody judged it.
+    """
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    index: int = 0
+    desirable: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two sequences that begin with the same prompt, of which the first is preferred; see `ChatPair`."""
+
+    chosen: Example
+    rejected: Example
+    margin: float = 0.0
+    index: int = 0
+
+
+class ItemDataset[Item](Protocol):
+    """Items by position; item i has index i. It must pickle, for loader processes."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Task: ...
+    def __getitem__(self, index: int, /) -> Item: ...
 
     @property
     def fingerprint(self) -> str:
         """Equal for equal contents: how a resumed run notices that its data changed."""
         ...
+
+
+class TaskDataset(ItemDataset[Task], Protocol):
+    """Problems for the policy to solve."""
 
 
 @dataclass(frozen=True, slots=True)

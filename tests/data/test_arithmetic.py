@@ -11,7 +11,6 @@ from nemo_rl.data.datasets.arithmetic import (
     ArithmeticDataset,
     best_prompts,
     few_shot_prompt,
-    held_out_test,
     unrepeatable_questions,
 )
 from nemo_rl.data.types import Task
@@ -102,14 +101,13 @@ def test_a_mix_is_met_exactly_with_the_largest_remainders_rounded_up() -> None:
     assert sum(a != b for a, b in pairwise(kinds)) > 30, "kinds come in blocks"
 
 
-def test_the_held_out_test_is_two_hundred_sums_in_the_agreed_mix() -> None:
-    held_out = held_out_test()
-    kinds = Counter(task.extra["kind"] for task in tasks(held_out))
+def test_the_default_mix_is_that_of_the_held_out_test() -> None:
+    kinds = Counter(task.extra["kind"] for task in tasks(ArithmeticDataset(200, split="test")))
     assert kinds == {"sum_1_1": 100, "sum_2_1": 60, "sum_2_2": 40}
 
 
 def test_training_never_contains_a_two_digit_problem_of_the_held_out_test_in_either_order() -> None:
-    held_out = held_out_test()
+    held_out = ArithmeticDataset(200, split="test")
     excluded = unrepeatable_questions(held_out)
     assert excluded >= {task.messages[-1]["content"] for task in tasks(held_out) if task.extra["kind"] != "sum_1_1"}
     free, clean = (ArithmeticDataset(3000, seed=1, exclude=exclude) for exclude in (frozenset[str](), excluded))

@@ -1,8 +1,10 @@
 import io
 import json
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from child_processes import forget_other_processes, spawned  # pyright: ignore[reportImplicitRelativeImport]
 from nemo_rl.data.datasets.arithmetic import ArithmeticDataset
 from nemo_rl.data.loader import TaskLoader, one_pass
 from nemo_rl.data.types import Task
@@ -104,6 +107,34 @@ def test_loader_processes_change_neither_order_nor_resume() -> None:
     assert draw(resumed, 3) == expected[3:]
 
 
+def test_a_state_stays_as_it_was_while_the_loader_goes_on() -> None:
+    stream = loader(num_workers=1)
+    draw(stream, 2)
+    state = stream.state_dict()
+    expected = draw(stream, 3)
+    resumed = loader(num_workers=1)
+    resumed.load_state_dict(state)
+    assert draw(resumed, 3) == expected
+
+
+def test_ctrl_c_does_not_reach_loader_processes() -> None:
+    forget_other_processes()
+    stream, expected = loader(num_workers=1), draw(loader(), 40)
+    assert draw(stream, 1) == expected[:1]
+    workers = spawned(recursive=True)
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+    assert workers and draw(stream, 39) == expected[1:]
+
+
+@pytest.mark.parametrize("change", [{}, {"data": []}, {"num_drawn": None}, {"loader": {}}, {"loader": 3}])
+def test_a_state_of_another_shape_is_refused(change: dict[str, object]) -> None:
+    stream = loader()
+    state = stream.state_dict() | change if change else {}
+    with pytest.raises(CheckpointError, match="not in the form"):
+        stream.load_state_dict(state)
+
+
 def test_changed_data_or_order_are_refused_on_resume() -> None:
     state = loader().state_dict()
     with pytest.raises(CheckpointError, match="num_tasks was 10 and is 11"):
@@ -128,14 +159,21 @@ def test_skipped_tasks_are_counted_and_batches_stay_full() -> None:
         next(loader(processor=nothing))
 
 
-def test_an_evaluation_sees_every_task_once_in_order_with_a_smaller_last_batch() -> None:
+def test_an_evaluation_sees_every_task_once_in_order() -> None:
     dataset = ArithmeticDataset(10)
-    assert [[task.index for task in batch] for batch in one_pass(dataset, 4, keep)] == [
-        [0, 1, 2, 3],
-        [4, 5, 6, 7],
-        [8, 9],
-    ]
-    assert [task.index for batch in one_pass(dataset, 4, without_threes) for task in batch] == [1, 2, 4, 5, 7, 8]
+    assert [task.index for task in one_pass(dataset, keep)] == list(range(10))
+    assert [task.index for task in one_pass(dataset, without_threes)] == [1, 2, 4, 5, 7, 8]
+
+
+def test_an_evaluation_of_the_first_tasks_processes_no_others() -> None:
+    processed: list[int] = []
+
+    def process(task: Task) -> Task | None:
+        processed.append(task.index)
+        return without_threes(task)
+
+    assert [task.index for task in islice(one_pass(ArithmeticDataset(10), process), 2)] == [1, 2]
+    assert processed == [0, 1, 2]
 
 
 def test_an_empty_data_set_or_batch_is_refused() -> None:

@@ -7,11 +7,20 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
+from pydantic import TypeAdapter
 
-from nemo_rl.config.schema.data import ArithmeticDataConfig, CustomDataConfig, HubDataConfig, LocalDataConfig
+from nemo_rl.config.schema.data import (
+    ArithmeticDataConfig,
+    CustomDataConfig,
+    DataSpec,
+    HubDataConfig,
+    LocalDataConfig,
+)
 from nemo_rl.data.datasets.arithmetic import ArithmeticDataset, unrepeatable_questions
+from nemo_rl.data.datasets.records import ItemSequence, RecordDataset, RecordFields, Table
 from nemo_rl.data.datasets.registry import build_dataset
-from nemo_rl.data.types import Task, TaskDataset
+from nemo_rl.data.types import Message, Task, TaskDataset
 from nemo_rl.errors import ConfigError, DataError
 
 ROWS = [
@@ -35,7 +44,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "arrow"])
 def test_every_kind_of_file_gives_the_same_tasks(tmp_path: Path, suffix: str) -> None:
     file, table = tmp_path / f"rows.{suffix}", pyarrow.Table.from_pylist(ROWS)
     if suffix == "jsonl":
@@ -44,8 +53,11 @@ def test_every_kind_of_file_gives_the_same_tasks(tmp_path: Path, suffix: str) ->
         file.write_text(json.dumps(ROWS))
     elif suffix == "csv":
         pyarrow.csv.write_csv(table, file)
-    else:
+    elif suffix == "parquet":
         pyarrow.parquet.write_table(table, file)
+    else:
+        Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(file)
     dataset = local(file)
     assert len(dataset) == 2
     assert dataset[1] == Task(
@@ -113,6 +125,48 @@ def test_a_fingerprint_follows_the_contents(tmp_path: Path, suffix: str) -> None
     assert fingerprint("a", ROWS) != fingerprint("c", [ROWS[0], {**ROWS[1], "solution": "6"}])
 
 
+class Answer:
+    """Shows itself with its address."""
+
+
+def test_a_fingerprint_depends_on_no_address_and_no_order_of_a_set() -> None:
+    def fingerprints(accepted: set[int]) -> tuple[str, str]:
+        extra = {"accepted": accepted, "by_place": {(0, 1): [Answer()], (1, 2): None}}
+        message: Message = {"role": "user", "content": "p"}
+        records = [{"problem": "p", "solution": "1", **extra}]
+        return (
+            ItemSequence([Task((message,), "math", extra)], source="s").fingerprint,
+            RecordDataset(Table(records, "s"), RecordFields("problem", "solution", "math")).fingerprint,
+        )
+
+    one, other = {0, 8}, {8, 0}
+    assert list(one) != list(other), "equal sets that differ in their order, as sets of texts do between processes"
+    assert fingerprints(one) == fingerprints(other)
+
+
+def test_a_fingerprint_follows_every_part_of_a_task() -> None:
+    def fingerprint(content: str = "p", environment: str = "math", **extra: object) -> str:
+        message: Message = {"role": "user", "content": content}
+        return ItemSequence([Task((message,), environment, extra)], source="s").fingerprint
+
+    variants = [
+        fingerprint(),
+        fingerprint("q"),
+        fingerprint("at 0x1"),
+        fingerprint("at 0x2"),
+        fingerprint(environment="code"),
+        fingerprint(a=1),
+        fingerprint(a="1"),
+        fingerprint(a={"b": 1}),
+        fingerprint(a={"b": 2}),
+        fingerprint(a={1, 2}),
+        fingerprint(a=[1, 2]),
+        fingerprint(a=[2, 1]),
+    ]
+    assert len(set(variants)) == len(variants)
+    assert fingerprint(a=1, b=2) == fingerprint(b=2, a=1)
+
+
 def test_a_folder_in_hub_format_loads_by_split_and_slice(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     folder.mkdir()
@@ -129,6 +183,25 @@ def test_a_folder_in_hub_format_loads_by_split_and_slice(tmp_path: Path) -> None
     assert hub("test")[0].extra == {"ground_truth": "5", "level": 2}
     with pytest.raises(DataError, match=r"split 'dev'.*cannot be read"):
         hub("dev")
+
+
+def test_a_subset_of_a_hub_data_set_is_chosen_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    for subset, rows in (("easy", ROWS[:1]), ("all", ROWS)):
+        (folder / subset).mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / subset / "train.parquet")
+    configs = [{"config_name": name, "data_files": f"{name}/train.parquet"} for name in ("easy", "all")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+
+    def hub(subset: str | None) -> TaskDataset:
+        fields = {"prompt_key": "problem", "answer_key": "solution"}
+        return build_dataset(HubDataConfig(name="hub", path=str(folder), subset=subset, **fields), "train")
+
+    assert [len(hub(subset)) for subset in ("easy", "all")] == [1, 2]
+    with pytest.raises(DataError, match=r"hub \(subset 'hard'\).*cannot be read.*'easy', 'all'"):
+        hub("hard")
+    with pytest.raises(DataError, match=r"Config name is missing.*'easy', 'all'"):
+        hub(None)
 
 
 def test_arithmetic_specs_give_disjoint_splits_and_keep_the_held_out_problems_out() -> None:
@@ -172,5 +245,26 @@ def test_a_data_set_of_ones_own_is_called_by_import_path(tmp_path: Path) -> None
         custom("wrong")
     with pytest.raises(DataError, match="raised RuntimeError: no data today"):
         custom("broken")
-    with pytest.raises(ConfigError, match="cannot be imported"):
+    with pytest.raises(ConfigError, match=r"data set .*mine.py:missing' does not exist: .* defines no function"):
         custom("missing")
+
+
+def test_problems_for_several_environments_mix(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    quiz = {
+        "name": "local",
+        "path": str(file),
+        "prompt_key": "problem",
+        "answer_key": "solution",
+        "environment": "quiz",
+    }
+    spec = TypeAdapter(DataSpec).validate_python(
+        {
+            "name": "mixture",
+            "datasets": [{"weight": 2, "data": quiz}, {"data": {"name": "arithmetic", "num_samples": 3}}],
+        }
+    )
+    mixed = build_dataset(spec, "train")
+    assert [mixed[index].environment for index in range(len(mixed))].count("quiz") == 6
+    assert [mixed[index].environment for index in range(len(mixed))].count("math") == 3
+    assert [mixed[index].index for index in range(len(mixed))] == list(range(9))

@@ -65,10 +65,11 @@ class GRPOLoopConfig(Section):
     """Decides the order of the data and every sampled token."""
 
     max_rollout_seconds: PositiveFloat | None = None
-    """Deadline of a step's rollouts in seconds; answers cut by it are marked so. None has no deadline."""
+    """Time to judge the rollouts of a step or a validation, in seconds after the last one is sampled; a group that is
+    not judged by then is dropped and counted (`dropped_groups/deadline`). None waits as long as it takes."""
 
     max_failed_group_share: Share = 0.5
-    """Stop the run when the environment fails for more than this share of a step's groups."""
+    """Stop the run when more than this share of a step's groups is dropped."""
 
 
 class LossConfig(Section):
@@ -142,14 +143,15 @@ class GRPOConfig(Section):
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         rollouts, batch = self.num_rollouts_per_step, self.policy.train_global_batch_size
-        if rollouts % batch:
+        answers = self.grpo.num_generations_per_prompt
+        if rollouts % batch or batch % answers:
             raise conflict(
-                f"a step has {self.grpo.num_prompts_per_step} prompts x {self.grpo.num_generations_per_prompt} answers"
-                f" = {rollouts} rollouts, which policy.train_global_batch_size = {batch} does not divide:"
-                f" make it a divisor of {rollouts}",
+                f"a step has {self.grpo.num_prompts_per_step} prompts x {answers} answers = {rollouts} rollouts, which"
+                f" policy.train_global_batch_size = {batch} does not divide into equal parts of whole groups:"
+                f" make it a divisor of {rollouts} and a multiple of {answers}",
                 "policy.train_global_batch_size",
             )
-        if self.grpo.use_leave_one_out_baseline and self.grpo.num_generations_per_prompt == 1:
+        if self.grpo.use_leave_one_out_baseline and answers == 1:
             raise conflict(
                 "grpo.num_generations_per_prompt = 1 leaves no other answer for grpo.use_leave_one_out_baseline:"
                 " raise the first or set the second to false",
@@ -174,6 +176,17 @@ class GRPOConfig(Section):
                 f" exceeds policy.max_total_sequence_length = {total}: lower one of the first or raise the last",
                 "data.max_input_seq_length",
                 "policy.max_total_sequence_length",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _device_is_there(self) -> Self:
+        if self.policy.device == "cuda" and self.cluster.executor == "ray" and self.cluster.gpus_per_node == 0:
+            raise conflict(
+                "policy.device = cuda needs a GPU, and cluster.gpus_per_node = 0 asks Ray for none: set the second to 1"
+                " or the first to cpu",
+                "policy.device",
+                "cluster.gpus_per_node",
             )
         return self
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from nemo_rl.config.schema.base import ImportPath, NonNegativeInt, PositiveInt, Section, conflict
+from nemo_rl.config.schema.base import ImportPath, NonNegativeInt, PositiveFloat, PositiveInt, Section, conflict
 
 type ArithmeticKind = Literal["sum_1_1", "sum_2_1", "sum_1_2", "sum_2_2", "difference", "product", "word", "chain"]
 
@@ -68,6 +68,9 @@ class HubDataConfig(RecordsConfig):
     path: str
     """Name on the hub, e.g. `nvidia/OpenMathInstruct-2`."""
 
+    subset: str | None = None
+    """Subset (configuration) of the data set, e.g. `main` of `openai/gsm8k`; None is its default."""
+
     split: str = "train"
     """Split of the data set, slices such as `train[:1%]` included."""
 
@@ -78,6 +81,34 @@ class HubDataConfig(RecordsConfig):
     """Column of the known answer."""
 
 
+type BuiltinName = Literal[
+    "OpenMathInstruct-2",
+    "DeepScaler",
+    "DAPOMath17K",
+    "GSM8K",
+    "NuminaMath",
+    "OpenR1-Math-220k",
+    "squad",
+    "open_assistant",
+    "tulu3_sft_mixture",
+    "tulu3_preference",
+    "HelpSteer3",
+]
+
+
+class BuiltinDataConfig(RecordsConfig):
+    """A well-known data set, whose place on the hub and columns the library knows (see docs/data.md)."""
+
+    name: BuiltinName
+    """Which one."""
+
+    path: str | None = None
+    """A local folder in the hub's layout to read instead of the hub."""
+
+    split: str | None = None
+    """Split of the data set, slices such as `train[:1%]` included; None is the usual one."""
+
+
 class CustomDataConfig(Section):
     """A data set of your own, by import path; each of its tasks names its environment."""
 
@@ -85,14 +116,45 @@ class CustomDataConfig(Section):
     """Kind of data set."""
 
     path: ImportPath
-    """A callable that returns a sequence of `Task`, as `package.module:name` or `path/to/file.py:name`."""
+    """A callable that returns a sequence of `Task`, or of `Chat` or `ChatPair` where answers are given, as
+    `package.module:name` or `path/to/file.py:name`."""
 
     kwargs: dict[str, JsonValue] = Field(default_factory=dict[str, Any])
     """Keyword arguments of the callable."""
 
 
+type TaskSource = Annotated[
+    ArithmeticDataConfig | LocalDataConfig | HubDataConfig | BuiltinDataConfig | CustomDataConfig,
+    Field(discriminator="name"),
+]
+
+
+class WeightedTasksConfig(Section):
+    """One data set of a mixture."""
+
+    weight: PositiveFloat = 1.0
+    """Its share of the mixture, relative to the other weights."""
+
+    data: TaskSource
+    """The data set."""
+
+
+class TaskMixtureConfig(Section):
+    """Several data sets in one; a pass shows every record at least once."""
+
+    name: Literal["mixture"]
+    """Kind of data set."""
+
+    datasets: Annotated[tuple[WeightedTasksConfig, ...], Field(min_length=1, strict=False)]
+    """The data sets and their weights."""
+
+    repeat: PositiveInt = 1
+    """How often one pass shows the mixture."""
+
+
 type DataSpec = Annotated[
-    ArithmeticDataConfig | LocalDataConfig | HubDataConfig | CustomDataConfig, Field(discriminator="name")
+    ArithmeticDataConfig | LocalDataConfig | HubDataConfig | BuiltinDataConfig | CustomDataConfig | TaskMixtureConfig,
+    Field(discriminator="name"),
 ]
 
 

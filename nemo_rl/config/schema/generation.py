@@ -38,13 +38,17 @@ class ColocatedConfig(Section):
 
 
 class GenerationConfig(Section):
-    """How answers are sampled; every value is set here, none comes from a model's own generation config."""
+    """How answers are sampled; of a model's own generation config nothing but the end tokens is read.
+
+    The policy's log-probabilities are those of the distribution sampled from: temperature, `top_k`, `top_p` and `min_p`
+    are applied to them too, and a token stays in it that was sampled before the weights moved.
+    """
 
     max_new_tokens: PositiveInt
     """Longest answer in tokens."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits before sampling, and in the policy's log-probabilities; validation is always greedy."""
+    """Divides the logits before sampling; validation is always greedy."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the fewest tokens whose probability reaches this; 1 keeps all."""

@@ -74,7 +74,7 @@ class CheckpointingConfig(Section):
     """Whether a checkpoint with a higher metric is the better one."""
 
     keep_top_k: PositiveInt | None = 3
-    """Checkpoints to keep besides the latest, which is always kept; None keeps all."""
+    """How many of the best checkpoints to keep; the latest is kept whether or not it is one of them. None keeps all."""
 
     save_period: PositiveInt = 10
     """Save every so many steps, and at the end."""

@@ -1,10 +1,10 @@
 """Section `policy`: the model, and how it is trained and sampled."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, JsonValue, Tag
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
-from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section
+from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section, conflict
 from nemo_rl.config.schema.generation import GenerationSpec
 
 
@@ -26,6 +26,12 @@ class OptimizerConfig(Section):
 
     kwargs: dict[str, JsonValue]
     """Its keyword arguments, `lr` among them; one that is not given is PyTorch's own default."""
+
+    @model_validator(mode="after")
+    def _has_a_learning_rate(self) -> Self:
+        if "lr" not in self.kwargs:
+            raise conflict("policy.optimizer.kwargs has no lr, the learning rate: give it one", "kwargs")
+        return self
 
 
 class SchedulerConfig(Section):
@@ -69,7 +75,8 @@ class PolicyConfig(Section):
     """The tokenizer of the policy."""
 
     train_global_batch_size: PositiveInt
-    """Rollouts of one optimizer step; must divide `grpo.num_prompts_per_step * grpo.num_generations_per_prompt`."""
+    """Rollouts of one optimizer step, in whole groups: a multiple of `grpo.num_generations_per_prompt` that divides
+    `grpo.num_prompts_per_step * grpo.num_generations_per_prompt`."""
 
     train_mb_tokens: PositiveInt = 4096
     """Tokens of one training micro-batch as computed, shared prefixes counted once; bounds memory, never changes a

@@ -17,9 +17,6 @@ from nemo_rl.errors import DataError
 HELD_OUT_MIX: Mapping[str, float] = {"sum_1_1": 0.5, "sum_2_1": 0.3, "sum_2_2": 0.2}
 """Of the held-out test: one- and two-digit sums."""
 
-HELD_OUT_SIZE = 200
-"""Problems of the held-out test."""
-
 _MAX_DRAWS = 1000
 
 _SMALL_KINDS = frozenset({"sum_1_1", "product"})  # a hundred problems each, too few to keep any out
@@ -109,11 +106,6 @@ class ArithmeticDataset:
         sample = [self[index] for index in range(min(len(self), 16))]
         content = repr((self._stream, self._kinds, sorted(self._exclude), self._environment, sample))
         return hashlib.sha256(content.encode()).hexdigest()
-
-
-def held_out_test(seed: int = 0) -> ArithmeticDataset:
-    """The standard held-out test: 200 sums, half of them with two one-digit numbers."""
-    return ArithmeticDataset(HELD_OUT_SIZE, seed=seed, split="test", mix=HELD_OUT_MIX)
 
 
 def unrepeatable_questions(held_out: ArithmeticDataset) -> frozenset[str]:

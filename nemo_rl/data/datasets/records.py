@@ -1,17 +1,18 @@
-"""Records and sequences of tasks as data sets: what files, hub data sets and one's own code come down to."""
+"""Records and sequences of items as data sets: what files, hub data sets and one's own code come down to."""
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Protocol, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from nemo_rl.data.types import Message, Task
+from nemo_rl.data.types import Chat, ChatPair, Message, Task
 from nemo_rl.errors import DataError
 
 _CHAT = TypeAdapter(Annotated[tuple[Message, ...], Field(min_length=1)])
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 
 type Record = Mapping[str, object]
 
@@ -23,6 +24,56 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> Record: ...
 
 
+class Reader[Item](Protocol):
+    """Turns records into items. It must pickle, and its `repr` must say how it reads."""
+
+    def read(self, record: Record, index: int, where: str) -> Item:
+        """Turn one record into item `index`.
+
+        Raises:
+            DataError: the record is malformed; it begins with `where`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Records and where they come from.
+
+    Attributes:
+        records: what holds them.
+        source: how errors name them all.
+        lines: in which line of the source each record stands; None where there are no lines.
+    """
+
+    records: Records
+    source: str
+    lines: Sequence[int] | None = None
+
+    def where(self, index: int) -> str:
+        """How errors name one record."""
+        return f"{self.source}, record {index}" if self.lines is None else f"{self.source}, line {self.lines[index]}"
+
+    def select(self, indices: Sequence[int]) -> "Table":
+        """Keep these records."""
+        lines = None if self.lines is None else [self.lines[index] for index in indices]
+        return Table(_Selected(self.records, indices), self.source, lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """Some of the records."""
+
+    records: Records
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[self.indices[index]]
+
+
 @dataclass(frozen=True, slots=True)
 class RecordFields:
     """How a record becomes a task.
@@ -32,51 +83,51 @@ class RecordFields:
         answer_key: field of the known answer, which becomes `extra["ground_truth"]` as text. All other fields reach the
             environment under their own names.
         environment: name of the environment that judges the answers.
+        answer_after: where the known answer begins in its field, e.g. `#### ` of GSM8K: after the last such text.
     """
 
     prompt_key: str
     answer_key: str
     environment: str
+    answer_after: str = ""
 
-    def task(self, record: Record, index: int, where: str) -> Task:
+    def read(self, record: Record, index: int, where: str) -> Task:
         """Turn one record into task `index`.
 
         Raises:
             DataError: a field is missing, or the prompt is neither text nor messages; it begins with `where`.
         """
-        prompt = _field(record, self.prompt_key, where, setting="prompt_key")
-        answer = _field(record, self.answer_key, where, setting="answer_key")
+        prompt = field_of(record, self.prompt_key, where, setting="prompt_key")
+        answer = str(field_of(record, self.answer_key, where, setting="answer_key"))
+        if self.answer_after:
+            answer = answer.rpartition(self.answer_after)[2].strip()
         others = {key: value for key, value in record.items() if key not in (self.prompt_key, self.answer_key)}
-        extra = {**others, "ground_truth": str(answer)}
-        return Task(_messages(prompt, where), self.environment, extra, index)
+        return Task(messages_of(prompt, "user", where), self.environment, {**others, "ground_truth": answer}, index)
 
 
-class RecordDataset:
-    """Tasks made from records when they are asked for."""
+class RecordDataset[Item]:
+    """Items made from records when they are asked for."""
 
-    def __init__(self, records: Records, fields: RecordFields, *, source: str) -> None:
-        """Look at the first record; one that is malformed further on shows when its task is asked for.
+    def __init__(self, table: Table, reader: Reader[Item]) -> None:
+        """Look at the first record, or at every line of a file that has lines.
 
-        Args:
-            records: what holds them.
-            fields: how to read one.
-            source: how errors name the data set.
+        Elsewhere a record that is malformed further on shows when its item is asked for.
 
         Raises:
-            DataError: there is no record, or the first one is malformed.
+            DataError: there is no record, or one that was looked at is malformed.
         """
-        _check_not_empty(len(records), source)
-        self._records = records
-        self._fields = fields
-        self._source = source
-        self[0]
+        check_not_empty(len(table.records), table.source)
+        self._table = table
+        self._reader = reader
+        for index in range(1 if table.lines is None else len(self)):
+            self[index]
 
     def __len__(self) -> int:
         """Number of records."""
-        return len(self._records)
+        return len(self._table.records)
 
-    def __getitem__(self, index: int) -> Task:
-        """Turn record `index` into a task.
+    def __getitem__(self, index: int) -> Item:
+        """Turn record `index` into an item.
 
         Raises:
             IndexError: the index is outside of the data set.
@@ -84,47 +135,49 @@ class RecordDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return self._fields.task(self._records[index], index, f"{self._source}, record {index}")
+        return self._reader.read(self._table.records[index], index, self._table.where(index))
 
     @property
     def fingerprint(self) -> str:
         """Hash of all records and of how they are read."""
-        digest = hashlib.sha256(repr(self._fields).encode())
+        digest = hashlib.sha256(repr(self._reader).encode())
         for index in range(len(self)):
-            digest.update(json.dumps(self._records[index], sort_keys=True, default=str).encode())
+            digest.update(_told(self._table.records[index]).encode())
         return digest.hexdigest()
 
 
-class TaskSequence:
-    """A sequence of tasks as a data set; position i becomes the index of task i, all else stays as it is."""
+class ItemSequence[Item: (Task, Chat, ChatPair)]:
+    """A sequence of items as a data set; position i becomes the index of item i, all else stays as it is."""
 
-    def __init__(self, tasks: Sequence[Task], *, source: str) -> None:
-        """Take the tasks.
+    def __init__(self, items: Sequence[Item], *, source: str) -> None:
+        """Take the items.
 
         Raises:
             DataError: there is none.
         """
-        _check_not_empty(len(tasks), source)
-        self._tasks = tasks
+        check_not_empty(len(items), source)
+        self._items = items
 
     def __len__(self) -> int:
-        """Number of tasks."""
-        return len(self._tasks)
+        """Number of items."""
+        return len(self._items)
 
-    def __getitem__(self, index: int) -> Task:
-        """Task `index`."""
-        return replace(self._tasks[index], index=index)
+    def __getitem__(self, index: int) -> Item:
+        """Item `index`."""
+        return replace(self._items[index], index=index)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what is asked and of what the environments are told."""
+        """Hash of all that the items say, their old indices left out."""
         digest = hashlib.sha256()
-        for task in self._tasks:
-            digest.update(repr((task.messages, task.environment, sorted(task.extra.items()))).encode())
+        for item in self._items:
+            digest.update(_told(asdict(replace(item, index=0))).encode())
         return digest.hexdigest()
 
 
-def read_with_datasets(path: str, *, source: str, split: str, data_files: str | None = None) -> Records:
+def read_with_datasets(
+    path: str, *, source: str, split: str, subset: str | None = None, data_files: str | None = None
+) -> Records:
     """Call `datasets.load_dataset`; its many kinds of failure become one.
 
     Raises:
@@ -134,31 +187,85 @@ def read_with_datasets(path: str, *, source: str, split: str, data_files: str | 
     from datasets.exceptions import DatasetsError
 
     try:
-        return cast("Records", load_dataset(path, split=split, data_files=data_files))
+        return cast("Records", load_dataset(path, subset, split=split, data_files=data_files))
     except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {source} (split {split!r}) cannot be read: {reason}") from error
 
 
-def _check_not_empty(size: int, source: str) -> None:
+def _told(value: object) -> str:
+    """Write a value the same way in every process: mappings and sets in order, objects without their address."""
+    match value:
+        case str():
+            return repr(value)
+        case Mapping():
+            return f"{{{', '.join(sorted(f'{_told(key)}: {_told(item)}' for key, item in value.items()))}}}"
+        case Set():
+            return f"{{{', '.join(sorted(map(_told, value)))}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_told, value))}]"
+        case _:
+            return _ADDRESS.sub("", repr(value))
+
+
+def check_not_empty(size: int, source: str) -> None:
+    """Refuse a data set without items.
+
+    Raises:
+        DataError: there is none.
+    """
     if not size:
-        raise DataError(f"the data set {source} is empty; it needs at least one task")
+        raise DataError(f"the data set {source} is empty; it needs at least one record")
 
 
-def _field(record: Record, key: str, where: str, *, setting: str) -> object:
-    """Read a field that must be there and hold something."""
-    if record.get(key) is None:
+def field_of(record: Record, key: str, where: str, *, setting: str) -> object:
+    """Read a field that must be there and hold something; `a.b.0` leads into it.
+
+    Raises:
+        DataError: there is none; it begins with `where` and names the `setting` that chose it.
+    """
+    value = optional_field(record, key)
+    if value is None:
         raise DataError(f"{where} has no {key!r}, only {sorted(record)}; set {setting} to the field that holds it")
-    return record[key]
+    return value
 
 
-def _messages(prompt: object, where: str) -> tuple[Message, ...]:
-    """Read a prompt that is text, or a list of chat messages."""
-    if isinstance(prompt, str) and prompt.strip():
-        return (Message(role="user", content=prompt),)
+def optional_field(record: Record, key: str | None) -> object:
+    """Read a field that may be missing; `a.b.0` leads into it."""
+    if key is None or key in record:
+        return None if key is None else record[key]
+    value: object = record
+    for step in key.split("."):
+        match value:
+            case Mapping():
+                value = value.get(step)
+            case list() | tuple() if step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            case _:
+                return None
+    return value
+
+
+def messages_of(value: object, role: str, where: str) -> tuple[Message, ...]:
+    """Read chat messages, or text that becomes the message of `role`.
+
+    Raises:
+        DataError: it is neither; it begins with `where`.
+    """
+    if isinstance(value, str) and value.strip():
+        return (Message(role=role, content=value),)
     try:
-        return _CHAT.validate_python(prompt)
+        return _CHAT.validate_python([_said(turn) for turn in value] if isinstance(value, list | tuple) else value)
     except ValidationError as error:
+        kind = "a prompt" if role == "user" else "a conversation or an answer"
         raise DataError(
-            f"{where} has a prompt that is neither text nor a list of messages with role and content; correct it"
+            f"{where} has {kind} that is neither text nor a list of messages with role and content; correct it"
         ) from error
+
+
+def _said(turn: object) -> object:
+    """Drop what a message leaves empty; the words beside tool calls may be."""
+    if not isinstance(turn, Mapping):
+        return turn
+    filled = {key: value for key, value in turn.items() if value is not None}
+    return {"content": "", **filled} if "tool_calls" in filled else filled

@@ -1,0 +1,118 @@
+"""Conversations and pairs of answers, made ready for training: text to `Example` and `Preference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from nemo_rl.data.chat import check_spoken, encode_conversation
+from nemo_rl.data.types import Chat, ChatPair, Example, Message, Preference, Tool
+from nemo_rl.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ChatEncoder:
+    """Applies the chat template to conversations and pairs, masks what is to be learnt and holds them to a limit.
+
+    Attributes:
+        tokenizer: whose chat template is applied.
+        roles: whose words of a conversation are learnt; of a pair it is always the two answers.
+        max_length: the most tokens a sequence may have; None sets no limit.
+        too_long: what happens to a longer one: `error` stops, `skip` passes over the record.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    roles: frozenset[str] = frozenset({"assistant"})
+    max_length: int | None = None
+    too_long: Literal["error", "skip"] = "error"
+
+    def example(self, chat: Chat) -> Example | None:
+        """Encode a conversation; of a judged one, only the last message is learnt. None for one to be skipped.
+
+        Raises:
+            DataError: it has nothing to learn, the template cannot write it, or it is too long and that is an error.
+        """
+        num_given = 0 if chat.desirable is None else len(chat.messages) - 1
+        example = self._encode(chat.messages, self.roles, chat.tools, num_given, chat.index)
+        return example and replace(example, desirable=chat.desirable)
+
+    def preference(self, pair: ChatPair) -> Preference | None:
+        """Encode both conversations of a pair; None for a pair of which one is to be skipped.
+
+        Raises:
+            DataError: an answer is empty, both are the same tokens, the template cannot write them, or one is too long
+                and that is an error.
+        """
+        answers = (pair.chosen, pair.rejected)
+        encoded = [
+            self._encode((*pair.prompt, *answer), _ASSISTANT, pair.tools, len(pair.prompt), pair.index)
+            for answer in answers
+        ]
+        match encoded:
+            case [Example() as chosen, Example() as rejected]:
+                if torch.equal(chosen.token_ids, rejected.token_ids):
+                    raise DataError(
+                        f"record {pair.index} has two answers that are the same tokens, so neither can be preferred; "
+                        "remove it"
+                    )
+                return Preference(chosen, rejected, pair.margin, pair.index)
+            case _:
+                return None
+
+    def _encode(
+        self, messages: Sequence[Message], roles: frozenset[str], tools: Sequence[Tool], num_given: int, index: int
+    ) -> Example | None:
+        check_spoken([message for message in messages[num_given:] if message["role"] in roles], f"record {index}")
+        try:
+            token_ids, loss_mask = encode_conversation(
+                self.tokenizer, messages, roles, tools=tools, num_given=num_given
+            )
+        except DataError as error:
+            raise DataError(f"record {index}: {error}") from error
+        if self.max_length is not None and len(token_ids) > self.max_length:
+            if self.too_long == "skip":
+                return None
+            raise DataError(
+                f"record {index} has {len(token_ids)} tokens and the limit is {self.max_length}; raise "
+                "policy.max_total_sequence_length, or set data.too_long=skip to leave such records out"
+            )
+        loss_mask[:1] = False
+        if not loss_mask.any():
+            raise DataError(
+                f"record {index} has no words of {', '.join(sorted(roles))} to learn; remove it, or choose other roles"
+            )
+        return Example(token_ids, loss_mask, index)
+
+
+_ASSISTANT = frozenset({"assistant"})
+
+
+def mismatched(examples: Sequence[Example]) -> list[Example]:
+    """Give every prompt the answer of the next example: what KTO estimates its reference point from.
+
+    The answer of an example is all from its first loss token on.
+
+    Raises:
+        DataError: there are fewer than two examples, so no other answer.
+    """
+    if len(examples) < 2:
+        raise DataError("KTO compares each prompt with another one's answer; use at least 2 examples in a batch")
+    starts = [int(example.loss_mask.int().argmax()) for example in examples]
+    following = [*examples[1:], examples[0]]
+    return [
+        Example(
+            token_ids=torch.cat([example.token_ids[:start], other.token_ids[other_start:]]),
+            loss_mask=torch.cat([example.loss_mask[:start], other.loss_mask[other_start:]]),
+            index=example.index,
+            desirable=example.desirable,
+        )
+        for example, start, other, other_start in zip(
+            examples, starts, following, [*starts[1:], starts[0]], strict=True
+        )
+    ]

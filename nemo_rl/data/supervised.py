@@ -1,0 +1,101 @@
+"""From the data section of an algorithm that learns from given answers to what its loop draws from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from nemo_rl.config.schema.examples import ExampleDataConfig
+from nemo_rl.data.datasets.registry import load_chats, load_pairs
+from nemo_rl.data.examples import ChatEncoder
+from nemo_rl.data.loader import Loader, one_pass
+from nemo_rl.data.types import Chat, ChatPair, Example, ItemDataset, Preference
+from nemo_rl.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision[Item, Ready]:
+    """What a run learns from; `validation` is empty where there is none."""
+
+    loader: Loader[Item, Ready]
+    validation: tuple[Ready, ...]
+
+
+def prepare_examples(
+    data: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_val_samples: int | None = None,
+) -> Supervision[Chat, Example]:
+    """Build what supervised fine-tuning learns from (and KTO, whose records are judged).
+
+    Args:
+        data: the section of the configuration.
+        tokenizer: whose chat template is applied.
+        batch_size: conversations in one batch.
+        max_length: the most tokens of a sequence where the section does not say.
+        seed: decides the order and the records split off for validation.
+        max_val_samples: the most conversations of a validation; None takes all.
+
+    Raises:
+        DataError: the data are missing or malformed, or nothing is left for validation.
+    """
+    encode = _encoder(data, tokenizer, max_length).example
+    train, validation = load_chats(data, seed=seed)
+    loader = _loader(data, train, encode, batch_size=batch_size, seed=seed)
+    return Supervision(loader, _encoded(validation, encode, max_val_samples))
+
+
+def prepare_preferences(
+    data: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_val_samples: int | None = None,
+) -> Supervision[ChatPair, Preference]:
+    """Build what preference training and reward models learn from: batches of `batch_size` pairs; see above."""
+    encode = _encoder(data, tokenizer, max_length).preference
+    train, validation = load_pairs(data, seed=seed)
+    loader = _loader(data, train, encode, batch_size=batch_size, seed=seed)
+    return Supervision(loader, _encoded(validation, encode, max_val_samples))
+
+
+def _encoder(data: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> ChatEncoder:
+    return ChatEncoder(
+        tokenizer,
+        roles=frozenset[str](data.roles),
+        max_length=data.max_input_seq_length or max_length,
+        too_long=data.too_long,
+    )
+
+
+def _loader[Item, Ready](
+    data: ExampleDataConfig,
+    dataset: ItemDataset[Item],
+    encode: Callable[[Item], Ready | None],
+    *,
+    batch_size: int,
+    seed: int,
+) -> Loader[Item, Ready]:
+    return Loader(dataset, batch_size, encode, shuffle=data.shuffle, seed=seed, num_workers=data.num_workers)
+
+
+def _encoded[Item, Ready](
+    dataset: ItemDataset[Item] | None, encode: Callable[[Item], Ready | None], limit: int | None
+) -> tuple[Ready, ...]:
+    if dataset is None:
+        return ()
+    usable = tuple(islice(one_pass(dataset, encode), limit))
+    if not usable:
+        raise DataError("all records of the validation set are too long; raise data.max_input_seq_length")
+    return usable
