@@ -57,7 +57,7 @@ from nemo_rl.distributed.cache import cache_dir
 from nemo_rl.distributed.executor import make_executor
 from nemo_rl.environments.answers import last_number
 from nemo_rl.environments.registry import build_environments
-from nemo_rl.models.load import load_tokenizer, resolve_model
+from nemo_rl.models.load import end_tokens, load_tokenizer, resolve_model
 from nemo_rl.workers.handles import ColocatedGenerator, Policy
 from nemo_rl.workers.policy import PolicyWorker
 
@@ -105,6 +105,9 @@ def make_config(precision: str, options: argparse.Namespace) -> GRPOConfig:
         f"policy.precision={precision}",
         f"grpo.skip_uniform_groups={str(options.skip_uniform_groups).lower()}",
         "grpo.report_base_model=false",
+        "grpo.num_prompts_per_step=8",
+        "policy.optimizer.kwargs.lr=1.0e-5",
+        "policy.scheduler=[]",
     ]
     if options.quick:
         overrides += ["grpo.num_prompts_per_step=2", "grpo.num_generations_per_prompt=2"]
@@ -137,7 +140,7 @@ class OurTrainer:
             generator=ColocatedGenerator(worker),
             environments=build_environments(config.env),
             decode=lambda token_ids: cast(str, tokenizer.decode(token_ids, skip_special_tokens=True)),
-            sampling=sampling_params(config, tokenizer),
+            sampling=sampling_params(config, end_tokens(source, tokenizer)),
             group_size=config.grpo.num_generations_per_prompt,
             seed=config.grpo.seed,
             max_failed_share=0.0,
@@ -195,8 +198,8 @@ class Turns(TrainerCallback):
 
 def train_trl(config: GRPOConfig, batches: Sequence[Sequence[Task]], turns: Turns, rows: int) -> None:
     """Train with TRL on the same problems, one optimizer step for each batch of them."""
-    from trl import GRPOConfig as TRLConfig  # pyright: ignore[reportMissingImports] # in the group `bench` alone
-    from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl import GRPOConfig as TRLConfig
+    from trl import GRPOTrainer
 
     source = resolve_model(config.policy.model_name, cache_dir())
     pure = config.policy.precision == "bfloat16"
@@ -234,7 +237,7 @@ def train_trl(config: GRPOConfig, batches: Sequence[Sequence[Task]], turns: Turn
         )
         trainer = GRPOTrainer(
             model=source,
-            reward_funcs=turns.reward,
+            reward_funcs=cast(Any, turns.reward),
             args=settings,
             train_dataset=Dataset.from_list(problems),
             processing_class=load_tokenizer(source),

@@ -77,13 +77,17 @@ def peak_memory_of(command: Sequence[str]) -> int:
     Raises:
         RuntimeError: it failed; the message ends with what it wrote to standard error.
     """
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        errors = process.stderr.read() if process.stderr else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # a process begins with the peak of the one it was started from; the one in between holds nothing
+    between = (
+        "import resource, subprocess, sys\n"
+        "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", between, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 def take_turns(sides: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
