@@ -1,8 +1,10 @@
 """The command line: a configuration is checked before anything heavy is imported."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nemo_rl import __version__
 from nemo_rl.errors import NemoRLError
@@ -12,6 +14,8 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (a run failed), 2 (correctable input) or 130 (interrupted).
+
+    Ctrl-C that the command does not take as a wish to save ends the process at once, with 130 too.
 
     Args:
         argv: the arguments after the program's name; None takes those of the process.
@@ -23,13 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "explain":
             _explain(arguments.key)
+        elif arguments.command == "migrate":
+            _migrate(arguments.file)
         else:
-            return _grpo(arguments.config, [*arguments.overrides, *rest], dry_run=arguments.dry_run)
+            command = [*_program(), *(sys.argv[1:] if argv is None else argv)]
+            return _grpo(arguments.config, [*arguments.overrides, *rest], command, dry_run=arguments.dry_run)
     except NemoRLError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        os._exit(_INTERRUPTED)  # a worker's thread may be in the middle of a call, which Python would wait for
     return 0
 
 
@@ -45,14 +52,24 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="type, default and documentation of a setting or section")
     explain.add_argument("key", nargs="?", default="", metavar="KEY", help="e.g. policy.generation.temperature")
+
+    migrate = commands.add_parser("migrate", help="write a NeMo RL configuration in the keys of this version")
+    migrate.add_argument("file", metavar="FILE", help="YAML file of NeMo RL v0.3 to v0.5")
     return parser
 
 
-def _grpo(config_file: str | None, overrides: Sequence[str], *, dry_run: bool) -> int:
+def _program() -> list[str]:
+    """What starts this command line from the current folder, whether or not the shell's path has it."""
+    script = Path(sys.executable).with_name("nemo-rl")
+    return [str(script)] if script.is_file() else [sys.executable, "-m", "nemo_rl.cli"]
+
+
+def _grpo(config_file: str | None, overrides: Sequence[str], command: Sequence[str], *, dry_run: bool) -> int:
     from nemo_rl.config.load import dump_config, load_config
     from nemo_rl.config.schema.algorithms import GRPOConfig
 
     loaded = load_config(config_file, overrides, GRPOConfig)
+    _tell(loaded.notes)
     if dry_run:
         from nemo_rl.config.plan import render_plan
 
@@ -60,7 +77,7 @@ def _grpo(config_file: str | None, overrides: Sequence[str], *, dry_run: bool) -
         return 0
     from nemo_rl.algorithms.launch import launch_grpo
 
-    return _INTERRUPTED if launch_grpo(loaded).interrupted else 0
+    return _INTERRUPTED if launch_grpo(loaded, command).interrupted else 0
 
 
 def _explain(key: str) -> None:
@@ -68,6 +85,18 @@ def _explain(key: str) -> None:
     from nemo_rl.config.schema.algorithms import GRPOConfig
 
     sys.stdout.write(f"{explain(key, GRPOConfig)}\n")
+
+
+def _migrate(file: str) -> None:
+    from nemo_rl.config.migrate import migrate
+
+    text, notes = migrate(file)
+    _tell(notes)
+    sys.stdout.write(text)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    sys.stderr.write("".join(f"note: {note}\n" for note in notes))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_an_error_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_dry_run_prints_the_resolved_configuration_and_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "examples" / "configs" / "grpo_math_1B.yaml")
     assert main(["grpo", "grpo.seed=5", "--dry-run", "--config", config, "grpo.val_period=3"]) == 0
-    resolved, plan = capsys.readouterr().out.split("\nbatch plan\n")
+    resolved, plan = capsys.readouterr().out.split("\nbatch plan")
     expected = load_config(config, ["grpo.seed=5", "grpo.val_period=3"], GRPOConfig).config
     assert GRPOConfig.model_validate(yaml.safe_load(resolved)) == expected
     assert "1,543,714,304 parameters" in plan

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import warnings
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -91,46 +92,47 @@ def launch(settings: list[str]) -> Outcome:
     return launch_grpo(load_config(None, settings, GRPOConfig))
 
 
-def in_process(settings: list[str], *, killed_in_save: int | None = None) -> ForkServerProcess:
-    """Start the command line in a process of its own, which dies in the middle of its n-th save if asked to.
+def in_process(
+    settings: list[str], *, killed_in_save: int | None = None, stuck_in_save: int | None = None
+) -> ForkServerProcess:
+    """Start the command line in a process of its own, which if asked to dies, or hangs, in the middle of its n-th save.
 
-    Its output goes to `<run folder>.log`.
+    Its output goes to `<run folder>.log`; a save that hangs touches `<run folder>.stuck`.
     """
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nemo_rl.algorithms.launch"])
-    process = context.Process(target=_command_line, args=(settings, killed_in_save))
+    process = context.Process(target=_command_line, args=(settings, killed_in_save, stuck_in_save))
     process.start()
     return process
 
 
-def _command_line(settings: list[str], killed_in_save: int | None) -> None:
+def _command_line(settings: list[str], killed_in_save: int | None, stuck_in_save: int | None) -> None:
     from nemo_rl.cli import main
 
     folder = next(text for text in settings if text.startswith("checkpointing.checkpoint_dir=")).partition("=")[2]
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if killed_in_save is not None:
-        save = PyTorchBackend.save
-        saves: list[Path] = []
+    save = PyTorchBackend.save
+    saves: list[Path] = []
 
-        def save_and_die(backend: PyTorchBackend, to: Path) -> None:
-            save(backend, to)
-            saves.append(to)
-            if len(saves) == killed_in_save:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def save_and_fail(backend: PyTorchBackend, to: Path) -> None:
+        save(backend, to)
+        saves.append(to)
+        if len(saves) == killed_in_save:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(saves) == stuck_in_save:
+            Path(f"{folder}.stuck").touch()
+            time.sleep(600)
 
-        PyTorchBackend.save = save_and_die
+    PyTorchBackend.save = save_and_fail
     sys.exit(main(["grpo", *settings]))
 
 
 def records(folder: Path) -> list[dict[str, float | None]]:
     """The lines of `metrics.jsonl` without what the clock decides."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if not name.startswith("timing/") and "seconds" not in name}
-        for line in lines
-    ]
+    return [{name: value for name, value in line.items() if not name.startswith("timing/")} for line in lines]
 
 
 def rollouts(folder: Path) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """The checkpoints of a run: `step_N/` folders that are whole or not there, the best few and always the latest."""
 
+import difflib
 import json
 import logging
 import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +28,15 @@ class Stateful(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class LoaderState(Protocol):
+class Positioned(Protocol):
     """Knows its place in the data."""
 
     def state_dict(self) -> dict[str, Any]: ...
+
+
+class LoaderState(Positioned, Protocol):
+    """Can also be put back to a place."""
+
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -41,12 +47,15 @@ class TrainingInfo:
     Attributes:
         step: steps done.
         metrics: figures of that step by `train/NAME` and `val/NAME`; one of them ranks the checkpoint.
-        accuracies: held-out accuracies measured before the first step, so that a resumed run need not measure again.
+        before: what the model could do before the first step, by `SET/accuracy` and `SET/reward`, so that a resumed run
+            need not measure again.
+        epochs: whole passes over the data done.
     """
 
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-    accuracies: Mapping[str, float] = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict)
+    epochs: int = 0
 
 
 class Checkpoints:
@@ -54,7 +63,8 @@ class Checkpoints:
 
     def __init__(self, config: CheckpointingConfig, config_yaml: str) -> None:
         self._config = config
-        self._config_yaml = config_yaml
+        self._warned = False
+        self.config_yaml = config_yaml
         self.folder = Path(config.checkpoint_dir).expanduser().absolute()
 
     def open_folder(self) -> None:
@@ -104,17 +114,25 @@ class Checkpoints:
                 f"{path} is missing or damaged ({error}); delete {path.parent} to resume earlier"
             ) from error
 
+    def latest(self) -> TrainingInfo:
+        """Read what the latest checkpoint says about itself; without one the step is 0.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        steps = self.steps()
+        return self.info(steps[-1]) if steps else TrainingInfo(0)
+
     def resume(self, policy: Stateful, loader: LoaderState) -> TrainingInfo:
         """Restore policy and data position from the latest checkpoint; without one, nothing happens and the step is 0.
 
         Raises:
             CheckpointError: it is damaged, or of another model or data set.
         """
-        steps = self.steps()
-        if not steps:
-            return TrainingInfo(0)
-        folder = self.path(steps[-1])
-        info = self.info(steps[-1])
+        info = self.latest()
+        if info.step == 0:
+            return info
+        folder = self.path(info.step)
         policy.load(folder / _POLICY)
         try:
             state = torch.load(folder / _LOADER, weights_only=True)
@@ -125,7 +143,7 @@ class Checkpoints:
         loader.load_state_dict(state)
         return info
 
-    def save(self, info: TrainingInfo, policy: Stateful, loader: LoaderState) -> Path:
+    def save(self, info: TrainingInfo, policy: Stateful, loader: Positioned) -> Path:
         """Write the checkpoint of a step, whole or not at all, then remove what need not be kept.
 
         Raises:
@@ -134,9 +152,8 @@ class Checkpoints:
         folder = self.path(info.step)
         try:
             with atomic_folder(folder) as work:
-                record = {"step": info.step, "metrics": _finite(info.metrics), "accuracies": dict(info.accuracies)}
-                (work / _INFO).write_text(json.dumps(record, indent=2))
-                (work / "config.yaml").write_text(self._config_yaml)
+                (work / _INFO).write_text(json.dumps(asdict(replace(info, metrics=_finite(info.metrics))), indent=2))
+                (work / "config.yaml").write_text(self.config_yaml)
                 torch.save(loader.state_dict(), work / _LOADER)
                 policy.save(work / _POLICY)
         except OSError as error:
@@ -151,11 +168,25 @@ class Checkpoints:
         steps = self.steps()
         if self._config.keep_top_k is None or len(steps) <= self._config.keep_top_k:
             return
-        ranked = sorted(steps, key=lambda step: (self._rank(step), step), reverse=True)
+        ranks = {step: self._rank(step) for step in steps}
+        if self._config.metric_name is not None and not self._warned and max(ranks.values()) == -math.inf:
+            self._warned = True
+            _log.warning(
+                "no checkpoint has the figure checkpointing.metric_name=%s, so the latest ones are kept; %s",
+                self._config.metric_name,
+                self._advice(steps[-1], self._config.metric_name),
+            )
+        ranked = sorted(steps, key=lambda step: (ranks[step], step), reverse=True)
         for step in set(ranked[self._config.keep_top_k :]) - {steps[-1]}:
             unwanted = self.path(step).rename(self.path(step).with_name(f"tmp_step_{step}"))
             shutil.rmtree(unwanted, ignore_errors=True)  # after a kill here, `recover_folders` removes the rest
             _log.debug("removed checkpoint %d", step)
+
+    def _advice(self, step: int, name: str) -> str:
+        known = [figure.replace("/", ":", 1) for figure in self.info(step).metrics]
+        if close := difflib.get_close_matches(name, known, n=1):
+            return f"did you mean {close[0]}?"
+        return "val:NAME needs a validation (grpo.val_period), train:NAME is any of metrics.jsonl"
 
     def _rank(self, step: int) -> float:
         name = (self._config.metric_name or "").replace(":", "/", 1)

@@ -32,9 +32,10 @@ def train_grpo(config: GRPOConfig, run: Run, policy: Policy, source: RolloutSour
         with run.phase("train"):
             trained = merge(policy.train(part, objective) for part in parts)
             policy.publish(step)
-        metrics = collected.metrics | batch_metrics | trained | {"optimizer_steps": Sum(len(parts))}
+        metrics = collected.metrics | batch_metrics | trained
+        metrics |= {"optimizer_steps": Sum(len(parts)), "num_skipped": Sum(loader.num_skipped)}
         advantages = batch.sequence_columns["advantages"].tolist()
-        run.end_step(step, prefixed("train", metrics), collected.groups, advantages)
+        run.end_step(step, prefixed("train", metrics), collected, advantages)
         run.keep(step, policy, loader, validate=source.validate)
 
 

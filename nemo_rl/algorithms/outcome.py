@@ -1,7 +1,8 @@
 """The end of a run: the accuracy it reached, the exported model, the summary, and what to do next."""
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +11,13 @@ from nemo_rl.algorithms.sampling import RolloutSource
 from nemo_rl.atomic import atomic_folder
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.data.types import Task
-from nemo_rl.observe.summary import (
-    PhaseTimer,
-    Summary,
-    peak_device_memory_bytes,
-    peak_memory_bytes,
-    phase_line,
-    write_summary,
-)
+from nemo_rl.distributed.memory import peak_memory_bytes
+from nemo_rl.observe.sinks import log_folder
+from nemo_rl.observe.summary import PhaseTimer, Summary, phase_line, write_summary
 from nemo_rl.workers.handles import Policy
 
 _SUMMARY = "summary.json"
+_SCORES = ("accuracy_before", "accuracy_after", "reward_before", "reward_after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +29,21 @@ class Outcome:
         step: steps done.
         finished: false if it was interrupted or ran out of time, so that it can be continued.
         interrupted: whether Ctrl-C ended it.
-        accuracy_after: greedy accuracy on the test problems, None when not measured.
+        accuracy_before: greedy accuracy on the test problems before the first step; None when not measured, or when no
+            environment tells right from wrong.
+        accuracy_after: the same after the last step.
+        reward_before: mean reward of the same answers before the first step; None when not measured.
+        reward_after: the same after the last step.
     """
 
     folder: Path
     step: int
     finished: bool
     interrupted: bool
-    accuracy_after: float | None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    reward_before: float | None = None
+    reward_after: float | None = None
 
 
 def earlier_outcome(folder: Path, step: int) -> Outcome | None:
@@ -48,7 +52,7 @@ def earlier_outcome(folder: Path, step: int) -> Outcome | None:
         record = json.loads((folder / _SUMMARY).read_text())
         if record["steps"] != step or not record["finished"]:
             return None
-        return Outcome(folder, step, finished=True, interrupted=False, accuracy_after=record["accuracy_after"])
+        return Outcome(folder, step, True, False, **{name: record[name] for name in _SCORES})
     except (OSError, ValueError, KeyError):
         return None
 
@@ -62,60 +66,81 @@ def finish(
     timer: PhaseTimer,
     *,
     first_step: int,
+    command: Sequence[str],
 ) -> Outcome:
     """Measure, export, write `summary.json` and say in the last lines what happened and what to do next."""
     finished = run.finished and not run.interrupted
-    after = None
+    before, after = run.info.before, dict[str, float]()
     if test and finished:
         with run.phase("evaluate"):
-            after = source.accuracy(test)
-        run.log_outcome("after/test", after)
+            after = source.score(test)
+        for name, value in after.items():
+            run.log_outcome(f"after/test/{name}", value)
     export = run.checkpoints.folder / "hf"
     if config.checkpointing.export_hf and finished:
         with run.phase("save"), atomic_folder(export) as work:
             policy.export(work)
-    before = run.info.accuracies.get("test")
+    scores = {f"{name}_before": before.get(f"test/{name}") for name in ("accuracy", "reward")}
+    scores |= {f"{name}_after": after.get(name) for name in ("accuracy", "reward")}
     loop_seconds = sum(timer.seconds.get(name, 0.0) for name in ("generate", "logprobs", "train"))
     summary = Summary(
-        accuracy_before=before,
-        accuracy_after=after,
-        accuracy_base_best_prompt=max(run.info.accuracies.values(), default=None),
+        **scores,
+        accuracy_base_best_prompt=max((before[name] for name in before if name.endswith("/accuracy")), default=None),
         steps=run.step,
         seconds_total=timer.total,
         seconds_by_phase=timer.seconds,
         tokens_per_second=run.tokens_sampled / loop_seconds if loop_seconds else 0.0,
-        peak_memory_bytes=max(peak_memory_bytes(), peak_device_memory_bytes()),
+        peak_memory_bytes=max(peak_memory_bytes(), policy.peak_memory_bytes()),
         seed=config.grpo.seed,
         extra={"first_step": first_step, "model": config.policy.model_name, "finished": finished},
     )
     write_summary(run.checkpoints.folder / _SUMMARY, summary)
     run.console.finish(
-        accuracy_before=before,
-        accuracy_after=after,
+        **scores,
         accuracy_base_best_prompt=summary.accuracy_base_best_prompt,
-        rows=_rows(config, run, summary, export if finished else None),
+        rows=_rows(config, run, summary, export if finished else None, command),
     )
-    return Outcome(
-        run.checkpoints.folder, run.step, finished, interrupted=run.interrupted and not finished, accuracy_after=after
-    )
+    return Outcome(run.checkpoints.folder, run.step, finished, run.interrupted and not finished, **scores)
 
 
-def _rows(config: GRPOConfig, run: Run, summary: Summary, export: Path | None) -> dict[str, str]:
-    folder, here = run.checkpoints.folder, Path.cwd()
-    if folder.is_relative_to(here):
-        folder = folder.relative_to(here)
+def _rows(
+    config: GRPOConfig, run: Run, summary: Summary, export: Path | None, command: Sequence[str]
+) -> dict[str, str]:
+    folder = run.checkpoints.folder
+    logs = log_folder(config.logger, folder)
+    curves = f"  (curves: tensorboard --logdir {_from_here(logs)})" if config.logger.tensorboard_enabled else ""
     rows = {
         "steps": f"{run.step} of {config.grpo.max_num_steps}",
         "time": phase_line(summary.seconds_by_phase, summary.seconds_total),
-        "metrics": f"{folder / 'metrics.jsonl'}  (curves: tensorboard --logdir {folder})",
-        "rollouts": str(folder / "rollouts"),
+        "metrics": f"{_from_here(logs / 'metrics.jsonl')}{curves}",
+        "rollouts": _from_here(folder / "rollouts"),
     }
     if config.checkpointing.enabled and run.saved_step:
-        rows["checkpoint"] = str(folder / run.checkpoints.path(run.saved_step).name)
+        rows["checkpoint"] = _from_here(run.checkpoints.path(run.saved_step))
     if export is not None and config.checkpointing.export_hf:
-        rows["model"] = f"{folder / export.name}  (loads with transformers.AutoModelForCausalLM)"
+        rows["model"] = f"{_from_here(export)}  (loads with transformers.AutoModelForCausalLM)"
     if config.checkpointing.enabled:
-        again = "run the same command again" + (f": it resumes after step {run.saved_step}" if run.saved_step else "")
-        more = f"run the same command with grpo.max_num_steps={2 * run.step}"
-        rows["to continue"] = again if export is None else more
+        given = command or ("nemo-rl", "grpo", "--config", _from_here(folder / "config.yaml"))
+        rows["to continue"] = _continuation(given, {} if export is None else _next_limits(config, run))
     return rows
+
+
+def _next_limits(config: GRPOConfig, run: Run) -> dict[str, int]:
+    """Twice the limits that ended a finished run, by their keys."""
+    limits = {"grpo.max_num_steps": (run.step, config.grpo.max_num_steps)}
+    if config.grpo.max_num_epochs is not None:
+        limits["grpo.max_num_epochs"] = (run.info.epochs, config.grpo.max_num_epochs)
+    return {key: 2 * done for key, (done, limit) in limits.items() if done >= limit}
+
+
+def _continuation(command: Sequence[str], changed: Mapping[str, int]) -> str:
+    """The same command with changed settings, ready for a shell."""
+    here = f"{Path.cwd()}/"
+    kept = [word.removeprefix(here) for word in command if word.lstrip("+").partition("=")[0] not in changed]
+    return shlex.join([*kept, *(f"{key}={value}" for key, value in changed.items())])
+
+
+def _from_here(path: Path) -> str:
+    """A path as one types it in the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,29 +1,58 @@
 """`Run`: everything around a loop that is not the algorithm. It counts steps, logs, validates and saves."""
 
 import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
-from nemo_rl.algorithms.checkpoints import Checkpoints, Stateful, TrainingInfo
+from nemo_rl.algorithms.checkpoints import Checkpoints, Positioned, Stateful, TrainingInfo
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.data.loader import TaskLoader
 from nemo_rl.data.types import RolloutGroup
+from nemo_rl.errors import CheckpointError
 from nemo_rl.metrics import Metrics, Sum, prefixed, scalars
 from nemo_rl.observe.console import Console, Sample
 from nemo_rl.observe.logger import RunLogger
 from nemo_rl.observe.summary import PhaseTimer
+from nemo_rl.rollouts.collect import Collected
 
 type Validate = Callable[[], tuple[Metrics, list[RolloutGroup]]]
+
+
+class Trainable(Stateful, Protocol):
+    """Has weights; `describe()["optimizer_steps"]` counts every change of them that was begun."""
+
+    def describe(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WholeStep:
+    """The state at the end of a step, to be saved if a later one fails.
+
+    Attributes:
+        policy: holds the weights, unless it has begun to change them since.
+        optimizer_steps: that it had begun by then.
+        position: of the loader, before it drew what the next step failed on.
+    """
+
+    policy: Trainable
+    optimizer_steps: int
+    position: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's, as it was."""
+        return self.position
 
 
 class Run:
     """The context of one run, between the loop and the outside world.
 
-    Ctrl-C lets the step at hand finish, saves and ends the loop; a second one stops at once.
+    Ctrl-C lets the step at hand finish, saves and ends the loop; a second one stops at once. When a step fails, the one
+    before it is saved, so that the run can go on there.
     """
 
     def __init__(
@@ -45,6 +74,7 @@ class Run:
         self._longest_step = 0.0
         self._step_began = time.monotonic()
         self._ending = False
+        self._unsaved: WholeStep | None = None
         self.checkpoints = checkpoints
         self.console = console
         self.info = info
@@ -55,16 +85,38 @@ class Run:
         self.step = info.step
 
     def __enter__(self) -> Self:
-        """Take over Ctrl-C."""
-        self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        """Take over Ctrl-C, which is the main thread's alone."""
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give Ctrl-C back and close the logs."""
-        signal.signal(signal.SIGINT, self._handler)
-        self._logger.close()
+        """After a failure save the last whole step; give Ctrl-C back and close the logs."""
+        try:
+            if isinstance(error, Exception) and self._unsaved is not None:
+                self._rescue(self._unsaved)
+        finally:
+            if self._handler is not None:
+                signal.signal(signal.SIGINT, self._handler)
+            self._logger.close()
+
+    def _rescue(self, whole: WholeStep) -> None:
+        """Save a step after the next one failed; whatever goes wrong here must not hide that failure."""
+        try:
+            if whole.policy.describe()["optimizer_steps"] != whole.optimizer_steps:
+                raise CheckpointError("the step that failed had begun to change the weights")
+            self._save(whole.policy, whole)
+            self.console.note(f"step {self.step} is saved: the same command goes on after it")
+        except Exception as error:
+            self.console.note(f"step {self.step} cannot be saved: {error}")
+
+    def _save(self, policy: Stateful, loader: Positioned) -> None:
+        self._unsaved = None  # if this fails, so would another try
+        with self.phase("save"):
+            self.checkpoints.save(self.info, policy, loader)
+        self.saved_step = self.info.step
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -87,7 +139,7 @@ class Run:
 
     def _decide(self, loader: TaskLoader) -> None:
         """Settle whether another step follows; only before a step is saved, so that the last one always is."""
-        self.finished = is_used_up(self._config, self.step, loader)
+        self.finished = is_used_up(self._config, self.step, loader.epoch)
         longest_step = max(self._longest_step, time.monotonic() - self._step_began)
         out_of_time = self._deadline is not None and self._timer.total + longest_step > self._deadline
         self._ending = self.finished or out_of_time or self.interrupted
@@ -98,16 +150,15 @@ class Run:
         with self._timer.phase(name), self.console.phase(name):
             yield
 
-    def end_step(
-        self, step: int, metrics: Metrics, groups: Sequence[RolloutGroup], advantages: Sequence[float]
-    ) -> None:
+    def end_step(self, step: int, metrics: Metrics, collected: Collected, advantages: Sequence[float]) -> None:
         """Log the figures and rollouts of a step and show them."""
-        self.step = step
+        self.step, self._unsaved = step, None
         elapsed = time.monotonic() - self._step_began
         seconds = {name: total - self._before_step.get(name, 0.0) for name, total in self._timer.seconds.items()}
         sampled = metrics["train/tokens_sampled"].value
         self.tokens_sampled += sampled
         timing: Metrics = {f"timing/{name}_seconds": Sum(value) for name, value in seconds.items() if value > 0}
+        timing["timing/environment_seconds"] = Sum(collected.environment_seconds)
         timing["timing/step_seconds"] = Sum(elapsed)
         timing["timing/tokens_per_second"] = Sum(sampled / elapsed)
         worked_on = {"generate": "train/tokens_sampled", "logprobs": "train/tokens", "train": "train/tokens"}
@@ -115,7 +166,7 @@ class Run:
             if tokens in metrics and seconds.get(phase):
                 timing[f"timing/{phase}_tokens_per_second"] = Sum(metrics[tokens].value / seconds[phase])
         self._logger.log(step, metrics | timing)
-        self._logger.log_rollouts(step, groups, advantages)
+        self._logger.log_rollouts(step, collected.groups, advantages)
         figures = scalars(metrics)
         self.info = replace(self.info, step=step, metrics=figures)
         self.console.step(
@@ -123,20 +174,22 @@ class Run:
             reward=figures["train/reward/mean"],
             accuracy=figures.get("train/environment/accuracy"),
             tokens_per_second=sampled / elapsed,
-            sample=_sample(groups[0]),
+            sample=_sample(collected.groups[0]),
         )
 
-    def keep(self, step: int, policy: Stateful, loader: TaskLoader, *, validate: Validate) -> None:
+    def keep(self, step: int, policy: Trainable, loader: TaskLoader, *, validate: Validate) -> None:
         """Validate and save after a step, where the configuration or the end of the run asks for it."""
         limits, saving = self._config.grpo, self._config.checkpointing
         self._decide(loader)
+        self.info = replace(self.info, epochs=loader.epoch)
+        if saving.enabled:
+            self._unsaved = WholeStep(policy, policy.describe()["optimizer_steps"], loader.state_dict())
         if (limits.val_period and step % limits.val_period == 0) or (self._ending and limits.val_at_end):
             self.validate(step, validate)
             self._decide(loader)  # meanwhile Ctrl-C may have come
         if saving.enabled and (step % saving.save_period == 0 or self._ending):
-            with self.phase("save"):
-                self.checkpoints.save(self.info, policy, loader)
-            self.saved_step = step
+            self._save(policy, loader)
+            self._ending = self._ending or self.interrupted  # nothing is left to finish
 
     def validate(self, step: int, validate: Validate) -> None:
         """Measure the validation set and log it."""
@@ -156,10 +209,10 @@ class Run:
         self._logger.log(self.step, {name: Sum(value)})
 
 
-def is_used_up(config: GRPOConfig, step: int, loader: TaskLoader) -> bool:
-    """Whether the steps or the epochs of a run are used up after `step`."""
-    epochs = config.grpo.max_num_epochs
-    return step >= config.grpo.max_num_steps or (epochs is not None and loader.epoch >= epochs)
+def is_used_up(config: GRPOConfig, steps: int, epochs: int) -> bool:
+    """Whether a run that has done so many steps and whole epochs is at its end."""
+    limits = config.grpo
+    return steps >= limits.max_num_steps or (limits.max_num_epochs is not None and epochs >= limits.max_num_epochs)
 
 
 def _sample(group: RolloutGroup) -> Sample:

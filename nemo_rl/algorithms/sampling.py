@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_rl.data.types import RolloutGroup, SamplingParams, Task
 from nemo_rl.errors import RolloutError
 from nemo_rl.interfaces import Environment, Sampler
-from nemo_rl.metrics import Metrics, Sum
+from nemo_rl.metrics import Metrics, Sum, scalars
 from nemo_rl.rollouts.collect import Collected, collect, request_seed
 
 
@@ -76,10 +76,10 @@ class RolloutSource:
         metrics = {short: collected.metrics[name] for name, short in kept.items() if name in collected.metrics}
         return metrics | {"num_tasks": Sum(len(collected.groups))}, collected.groups
 
-    def accuracy(self, tasks: Iterable[Task]) -> float:
-        """Greedy accuracy on these tasks, or the mean reward where no environment tells right from wrong."""
-        metrics, _ = self.validate(tasks)
-        return metrics.get("accuracy", metrics["reward"]).value
+    def score(self, tasks: Iterable[Task]) -> dict[str, float]:
+        """Greedy mean `reward` on these tasks and, where an environment tells right from wrong, `accuracy`."""
+        figures = scalars(self.validate(tasks)[0])
+        return {name: figures[name] for name in ("accuracy", "reward") if name in figures}
 
     def _check(self, collected: Collected, where: str) -> None:
         failed, total = len(collected.dropped), len(collected.dropped) + len(collected.groups)

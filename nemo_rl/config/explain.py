@@ -3,7 +3,7 @@
 import inspect
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeAliasType, get_args, get_origin
 
@@ -39,14 +39,35 @@ def explain(key: str, root: type[BaseModel]) -> str:
     if not sections(info.annotation):
         return _across_variants(key, [setting.info for setting in settings])
     lines = _setting(key, info) if named else [f"{key}: {_phrase(info.annotation)}"]
-    for choice in sections(info.annotation):
-        lines += ["", *_section(choice)]
+    choices = sections(info.annotation)
+    shared = _shared(choices) if len(choices) > 1 else {}
+    if shared:
+        lines += ["", "in each of them:", *_indented(shared)]
+    for choice in choices:
+        lines += ["", *_section(choice, without=shared.keys())]
     return "\n".join(lines)
 
 
-def _section(section: type[BaseModel]) -> list[str]:
-    lines = [line for name, info in section.model_fields.items() for line in _setting(name, info)]
-    return [inspect.getdoc(section) or section.__name__, *(f"  {line}" for line in lines)]
+def _shared(choices: Sequence[type[BaseModel]]) -> dict[str, FieldInfo]:
+    """The fields that all variants of a union have, said in the same words."""
+    first, *others = choices
+    return {
+        name: info
+        for name, info in first.model_fields.items()
+        if all(
+            name in other.model_fields and _setting(name, other.model_fields[name]) == _setting(name, info)
+            for other in others
+        )
+    }
+
+
+def _section(section: type[BaseModel], without: Collection[str] = ()) -> list[str]:
+    own = {name: info for name, info in section.model_fields.items() if name not in without}
+    return [inspect.getdoc(section) or section.__name__, *_indented(own)]
+
+
+def _indented(fields: Mapping[str, FieldInfo]) -> list[str]:
+    return [f"  {line}" for name, info in fields.items() for line in _setting(name, info)]
 
 
 def _across_variants(key: str, infos: list[FieldInfo]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -21,6 +21,7 @@ def _quotient(a: Number, b: Number) -> Number:
 
 RESOLVERS: dict[str, Callable[..., Number]] = {
     "add": lambda *numbers: sum(numbers),
+    "sub": lambda a, b: a - b,
     "mul": lambda *numbers: math.prod(numbers),
     "div": _quotient,
     "max": max,
@@ -44,7 +45,7 @@ def interpolate(tree: Tree, schema: type[BaseModel]) -> None:
         OmegaConf.register_new_resolver(name, function, replace=True)
     try:
         config = OmegaConf.create(_with_defaults(schema, (), schema, tree.values))
-        tree.values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        tree.values = _as_written(OmegaConf.to_container(config, resolve=True), tree.values)
     except OmegaConfBaseException as error:
         path = str(error.full_key or "")
         where = tree.where(tuple(path.split("."))) or "unknown place"
@@ -66,6 +67,13 @@ def _with_defaults(root: type[BaseModel], key: Key, section: type[BaseModel], va
         elif isinstance(value, dict) and (name in values or isinstance(info.default, BaseModel)):
             complete[name] = _with_defaults(root, inner, chosen, value)
     return complete
+
+
+def _as_written(resolved: Any, written: Any) -> Any:
+    """The resolved values without the defaults that were there to be referred to."""
+    if isinstance(resolved, dict) and isinstance(written, dict):
+        return {key: _as_written(resolved[key], value) for key, value in written.items()}
+    return resolved
 
 
 def _texts(values: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """From a YAML file and a command line to a validated configuration."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from pydantic_core import ErrorDetails
 
 from nemo_rl.config.fields import fields_at, nearest
 from nemo_rl.config.interpolation import interpolate
+from nemo_rl.config.nemo.translate import translate
 from nemo_rl.config.overrides import apply_overrides
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.base import Section
-from nemo_rl.config.sources import Key, Tree, read_tree
+from nemo_rl.config.sources import Dumper, Key, Tree, read_tree
 from nemo_rl.errors import ConfigError
 
 _LINE_BREAKS = "\x85\u2028\u2029"
@@ -28,14 +30,16 @@ class LoadedConfig[C: Section]:
     Attributes:
         config: the configuration.
         sources: for every dotted key that was written, its `file:line` or `command line`; the others hold defaults.
+        notes: what of a NeMo RL configuration is ignored or means something else here.
     """
 
     config: C
     sources: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def load_config[C: GRPOConfig](path: str | Path | None, overrides: Sequence[str], kind: type[C]) -> LoadedConfig[C]:
-    """Read, merge, override, interpolate and validate a configuration.
+    """Read, merge, override, interpolate, translate from NeMo RL's keys and validate a configuration.
 
     Args:
         path: a YAML file or the name of a packaged recipe; None is the default recipe of `kind`.
@@ -48,20 +52,48 @@ def load_config[C: GRPOConfig](path: str | Path | None, overrides: Sequence[str]
     tree = read_tree(kind.default_recipe if path is None else path, kind)
     apply_overrides(tree, overrides, kind)
     interpolate(tree, kind)
+    notes = translate(tree, kind)
+    config = validate(tree, kind)
+    return LoadedConfig(config, {".".join(key): where for key, where in tree.written.items()}, notes)
+
+
+def validate[C: Section](tree: Tree, kind: type[C]) -> C:
+    """The configuration that `tree` describes.
+
+    Raises:
+        ConfigError: with the key, the place it was written and what to do.
+    """
     try:
-        config = kind.model_validate(tree.values)
+        return kind.model_validate(tree.values)
     except ValidationError as error:
         raise ConfigError(_explain(error, tree, kind)) from None
-    return LoadedConfig(config, {".".join(key): where for key, where in tree.written.items()})
 
 
 def dump_config(config: Section) -> str:
     """The whole configuration, defaults included, as YAML that loads to an equal one."""
-    values = config.model_dump(mode="json")
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return dump_values(config.model_dump(mode="json"))
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    """Resolved values as YAML that loads to equal ones."""
+    values = _escaped(values)
+    text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     if set(text) & set(_LINE_BREAKS):  # PyYAML writes these as they are and reads them as ends of lines
-        return yaml.safe_dump(values, sort_keys=False, width=120)
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, width=120)
     return text
+
+
+def _escaped(values: Any) -> Any:
+    """The same values with a backslash before every `${`, and those already there doubled, so that it stays text."""
+    match values:
+        case str():
+            return re.sub(r"(\\*)\$\{", r"\1\1\\${", values)
+        case dict():
+            return {key: _escaped(value) for key, value in values.items()}
+        case list():
+            return [_escaped(value) for value in values]
+        case _:
+            return values
 
 
 def _explain(error: ValidationError, tree: Tree, kind: type[Section]) -> str:
@@ -100,7 +132,8 @@ def _clause(problem: ErrorDetails, tree: Tree, kind: type[Section]) -> str:
             options, demand = "", "must be a section with keys of its own"
         case _:
             options, demand = "", problem["msg"].replace("Input should", "must").replace("should", "must")
-    close = difflib.get_close_matches(str(value), options.replace(" or ", ", ").replace("'", "").split(", "), n=1)
+    choices = options.replace(" or ", ", ").replace("'", "").split(", ") if options else []
+    close = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{'.'.join(key)} = {value!r} ({tree.where(key) or 'default'}) {demand}{hint}"
 

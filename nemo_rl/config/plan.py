@@ -15,20 +15,24 @@ _FLOAT32 = 4
 def render_plan(config: GRPOConfig) -> str:
     """The batch plan and the memory estimate as text."""
     shape = model_shape(config.policy.model_name)
-    parts = [("batch plan", batch_rows(config)), ("memory estimate", memory_rows(config, shape))]
+    parts = [
+        ("batch plan, with prompts and answers of full length", batch_rows(config)),
+        ("memory estimate", memory_rows(config, shape)),
+    ]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {name:<26}{text}" for name, text in rows) for title, rows in parts)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Token counts of one step, reached when every prompt and answer is as long as allowed.
+    """Token counts of one step whose prompts and answers are all as long as allowed and all move a weight.
 
     Attributes:
         generated: sampled tokens.
         padded: tokens of all rollouts, each with a prompt of its own.
-        computed: tokens that training computes, shared prompts counted once.
+        computed: tokens that training computes, a shared prompt counted once in every micro-batch that holds it.
         minibatches: optimizer steps.
         microbatches: micro-batches of one optimizer step.
+        largest: tokens of the largest micro-batch.
     """
 
     generated: int
@@ -36,17 +40,31 @@ class BatchPlan:
     computed: int
     minibatches: int
     microbatches: int
+    largest: int
 
 
 def batch_plan(config: GRPOConfig) -> BatchPlan:
-    """Count the tokens of one step."""
-    policy, rollouts = config.policy, config.num_rollouts_per_step
-    generated = rollouts * policy.generation.max_new_tokens
-    padded = rollouts * config.max_prompt_tokens + generated
-    shared = config.grpo.num_prompts_per_step * config.max_prompt_tokens + generated
-    computed = shared if policy.share_prefixes else padded
-    minibatches = rollouts // policy.train_global_batch_size
-    return BatchPlan(generated, padded, computed, minibatches, -(-computed // minibatches // policy.train_mb_tokens))
+    """Count the tokens of one step as `data.packing.micro_batches` cuts them: a group stays whole where it fits."""
+    policy, answers = config.policy, config.grpo.num_generations_per_prompt
+    prompt, answer = config.max_prompt_tokens, policy.generation.max_new_tokens
+    shares = policy.share_prefixes and prompt >= policy.min_shared_prefix
+
+    def cost(sequences: int) -> int:  # the last token of an answer is predicted, but predicts nothing
+        return prompt * (1 if shares else sequences) + (answer - 1) * sequences
+
+    fitting = max((size for size in range(1, answers + 1) if cost(size) <= policy.train_mb_tokens), default=1)
+    parts = [fitting] * (answers // fitting) + [answers % fitting] * (answers % fitting > 0)
+    whole = max(1, policy.train_mb_tokens // cost(answers)) if len(parts) == 1 else 1
+    minibatches = config.num_rollouts_per_step // policy.train_global_batch_size
+    groups = policy.train_global_batch_size // answers
+    return BatchPlan(
+        generated=config.num_rollouts_per_step * answer,
+        padded=config.num_rollouts_per_step * (prompt + answer),
+        computed=config.grpo.num_prompts_per_step * sum(map(cost, parts)),
+        minibatches=minibatches,
+        microbatches=-(-groups * len(parts) // whole),
+        largest=min(whole, groups) * cost(fitting),
+    )
 
 
 def batch_rows(config: GRPOConfig) -> Rows:
@@ -58,9 +76,9 @@ def batch_rows(config: GRPOConfig) -> Rows:
         ("prompts per step", f"{grpo.num_prompts_per_step:,}"),
         ("rollouts per step", f"{config.num_rollouts_per_step:,} ({grpo.num_generations_per_prompt} answers a prompt)"),
         ("optimizer steps per step", f"{plan.minibatches:,} ({on_policy})"),
-        ("micro-batches", f"at most {plan.microbatches:,} per optimizer step, of {policy.train_mb_tokens:,} tokens"),
-        ("generated per step", f"at most {plan.generated:,} tokens ({policy.generation.max_new_tokens:,} an answer)"),
-        ("trained per step", f"at most {plan.computed:,} tokens computed, {plan.padded:,} if no prompt were shared"),
+        ("micro-batches", f"{plan.microbatches:,} per optimizer step, of up to {plan.largest:,} tokens"),
+        ("generated per step", f"{plan.generated:,} tokens ({policy.generation.max_new_tokens:,} an answer)"),
+        ("trained per step", f"{plan.computed:,} tokens computed, {plan.padded:,} as padded rows"),
         ("placement", _placement(config)),
     ]
 
@@ -90,14 +108,13 @@ def memory_bytes(config: GRPOConfig, shape: ModelShape) -> dict[str, int]:
     policy, plan, parameters = config.policy, batch_plan(config), shape.parameters
     stored = 2 if policy.precision == "bfloat16" else _FLOAT32
     computed = _FLOAT32 if policy.precision == "float32" else 2
-    trained_tokens = min(policy.train_mb_tokens, plan.computed // plan.minibatches)
     parts = {
         "weights": stored * parameters,
         "reference weights": stored * parameters if config.loss_fn.reference_policy_kl_penalty else 0,
         "master weights": _FLOAT32 * parameters if stored < _FLOAT32 else 0,
         "gradients": _FLOAT32 * parameters,
         "optimizer moments": _FLOAT32 * _moments(policy.optimizer) * parameters,
-        "activations": computed * trained_tokens * shape.activation_elements_per_token,
+        "activations": computed * plan.largest * shape.activation_elements_per_token,
         "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
     }
     if isinstance(policy.generation, HFGenerationConfig):

@@ -16,14 +16,27 @@ type Key = tuple[str, ...]
 
 RECIPES = Path(__file__).parent / "recipes"
 
+REPLACE = "_override_"
+"""A section with this key set to true replaces the one below it instead of being merged into it."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 with the floats of YAML 1.2: `1e-5` is a number."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Resolve `<<: *anchor` in place; what the mapping writes itself goes before what it merges."""
+        super().flatten_mapping(node)
+        node.value = list({name.value: (name, value) for name, value in node.value}.values())
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+
+class Dumper(yaml.SafeDumper):
+    """Writes text that `_Loader` would read as a number in quotes."""
+
+
+for _side in (_Loader, Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 @dataclass(slots=True)
@@ -39,10 +52,11 @@ class Tree:
     written: dict[Key, str] = field(default_factory=dict[Key, str])
 
     def where(self, key: Key) -> str | None:
-        """Where `key`, or else the closest section around it, was written."""
-        while key and key not in self.written:
-            key = key[:-1]
-        return self.written.get(key)
+        """Where `key`, or else something inside it, or else the closest section around it, was written."""
+        if key in self.written or not key:
+            return self.written.get(key)
+        inside = (where for other, where in self.written.items() if other[: len(key)] == key)
+        return next(inside, None) or self.where(key[:-1])
 
     def update(self, other: "Tree", schema: type[BaseModel]) -> None:
         """Merge `other` on top: sections merge key by key, any other value is replaced.
@@ -132,7 +146,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, key: Key, file: str, writt
                 f"{file}:{line} writes {'.'.join((*key, name))} again, after line {lines[name]}: keep one"
             )
         lines[name] = line
-    loader.flatten_mapping(node)  # resolves `<<: *anchor`
+    loader.flatten_mapping(node)
     values: dict[str, Any] = {}
     for name_node, value_node in node.value:
         name = str(name_node.value)
@@ -147,9 +161,11 @@ def _merge(schema: type[BaseModel], key: Key, base: dict[str, Any], top: dict[st
         for name in base.keys() - chosen.model_fields.keys():
             del base[name]
     for name, value in top.items():
-        below = base.get(name)
-        if isinstance(below, dict) and isinstance(value, dict):
-            _merge(schema, (*key, name), below, value)
+        if isinstance(value, dict):
+            replaces = value.pop(REPLACE, False)
+            below = base.get(name)
+            section = base[name] = {} if replaces or not isinstance(below, dict) else below
+            _merge(schema, (*key, name), section, value)
         else:
             base[name] = value
 

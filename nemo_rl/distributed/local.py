@@ -3,7 +3,7 @@
 Each worker has one thread of its own. The thread keeps calls in order and apart, lets an event loop `await` a training
 step while environments go on, gives `async def` methods a place to run while the driver's loop is busy, and keeps the
 worker's gradient mode, autocast and CUDA device, which torch holds per thread, to the worker. Ctrl-C is delivered to
-the driver, which waits: it never tears an optimizer step in two. `breakpoint()` works as usual.
+the driver, which may wait for the call or leave the worker behind in it. `breakpoint()` works as usual.
 """
 
 import concurrent.futures
@@ -42,15 +42,15 @@ class LocalWorker:
         future.add_done_callback(self._pending.discard)
         return CallFuture(future, f"{self.name}.{method}")
 
-    def stop(self) -> None:
-        """Cancel what waits, let the running call end, and let go of the worker."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Cancel what waits, let the running call end, and let go of the worker; without `wait`, return before that."""
         if self._stopped:
             return
         self._stopped = True
         for future in tuple(self._pending):
             future.cancel()
         self._thread.submit(self._host.close)
-        self._thread.shutdown()
+        self._thread.shutdown(wait)
 
 
 class LocalExecutor:
@@ -97,8 +97,8 @@ class LocalExecutor:
         handle = LocalWorker(name)
         try:
             handle.construct(worker, args, kwargs)
-        except BaseException:
-            handle.stop()
+        except BaseException as error:
+            handle.stop(wait=not isinstance(error, KeyboardInterrupt))
             raise
         self._workers.append(handle)
         return handle
@@ -113,10 +113,10 @@ class LocalExecutor:
             self._env_before.setdefault(key, os.environ.get(key))
             os.environ[key] = value
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, wait: bool = True) -> None:
         """Stop every worker, newest first, and put the environment variables back."""
         while self._workers:
-            self._workers.pop().stop()
+            self._workers.pop().stop(wait=wait)
         while self._env_before:
             key, value = self._env_before.popitem()
             if value is None:
@@ -129,5 +129,5 @@ class LocalExecutor:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Shut down."""
-        self.shutdown()
+        """Shut down; after Ctrl-C without waiting for the calls that are running."""
+        self.shutdown(wait=KeyboardInterrupt not in exc)

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
-from typing import TypeGuard
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from nemo_rl.data.types import Message
 from nemo_rl.errors import EnvironmentFailure
@@ -13,7 +14,7 @@ def named_rewards(value: object, *, source: str) -> dict[str, float]:
     """Turn what a reward function returned into `{name: reward}`; a plain number becomes `{"reward": number}`.
 
     Args:
-        value: a number, or a non-empty mapping from names to numbers.
+        value: a number (of NumPy or torch, too), or a non-empty mapping from names to numbers.
         source: who returned it, for the message.
 
     Raises:
@@ -29,11 +30,12 @@ def named_rewards(value: object, *, source: str) -> dict[str, float]:
     for name, reward in rewards.items():
         if not isinstance(name, str):
             raise EnvironmentFailure(f"{source} named a reward {name!r}; names of rewards are strings")
-        if not _is_finite_number(reward):
+        number = _plain(reward)
+        if not _is_finite_number(number):
             raise EnvironmentFailure(
-                f"{source} returned {_shown(reward)} as {name!r}; return a finite number or a mapping of them"
+                f"{source} returned {_shown(number)} as {name!r}; return a finite number or a mapping of them"
             )
-        checked[name] = float(reward)
+        checked[name] = float(number)
     return checked
 
 
@@ -46,6 +48,21 @@ def last_reply(messages: Sequence[Message]) -> str:
     if not messages or messages[-1]["role"] != "assistant":
         raise EnvironmentFailure("there is no reply to judge: the conversation must end with an assistant message")
     return messages[-1]["content"]
+
+
+@runtime_checkable
+class _Scalar(Protocol):
+    """What NumPy and torch wrap a number in."""
+
+    def item(self) -> object: ...
+
+
+def _plain(value: object) -> object:
+    """Unwrap the number of a NumPy or torch scalar; anything else, such as an array of several, stays as it is."""
+    if isinstance(value, _Scalar):
+        with suppress(ValueError, RuntimeError, TypeError):
+            return value.item()
+    return value
 
 
 def _is_finite_number(value: object) -> TypeGuard[Real]:

@@ -1,29 +1,31 @@
 """The simplest environment: a plain Python function, named by import path, gives the reward."""
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from nemo_rl.data.types import Message, Outcome
 from nemo_rl.environments.base import last_reply, named_rewards
 from nemo_rl.errors import ConfigError, EnvironmentFailure
+from nemo_rl.import_path import load_callable
 
 _MAX_CALLS = 32
 _VALUE_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+type _Answer = tuple[object, BaseException | None]
+"""What a call returned and what it raised. As data: StopIteration cannot be raised into a future, and SystemExit,
+KeyboardInterrupt and CancelledError would be taken for somebody else's."""
 
 
 class FunctionEnvironment:
     """Calls `reward(completion: str, **extra) -> float | dict[str, float]`, sync or async.
 
-    The function gets those entries of the task's `extra` that its parameters name (all of them if it takes `**kwargs`).
+    The function gets those entries of the task's `extra` that its parameters name (all of them if it takes `**kwargs`),
+    save one that has the name of its first parameter, which is the completion.
     A sync function runs in a thread, so a slow one blocks nobody; at most 32 calls run at a time.
     """
 
@@ -39,8 +41,8 @@ class FunctionEnvironment:
             ConfigError: there is no such function, importing it raises, or it cannot take a completion.
         """
         self._name = path
-        self._function = _load(path)
-        self._accepted = _accepted_extras(self._function, path)
+        self._function = load_callable(path, "reward function")
+        self._takes = _accepted_extras(self._function, path)
         self._timeout_seconds = timeout_seconds
         # A semaphore belongs to one event loop; a run may use several, one after the other.
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
@@ -52,7 +54,7 @@ class FunctionEnvironment:
             EnvironmentFailure: it raised, took too long, or returned no finite number; names function and task.
         """
         reply = last_reply(messages)
-        known = {key: value for key, value in extra.items() if self._accepted is None or key in self._accepted}
+        known = {key: value for key, value in extra.items() if self._takes(key)}
         source = f"reward function {self._name} (task {_excerpt(messages)})"
         slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_MAX_CALLS))
         async with slots:
@@ -66,57 +68,49 @@ class FunctionEnvironment:
         clock = asyncio.timeout(self._timeout_seconds)
         try:
             async with clock:
-                value = await _in_thread(lambda: self._function(reply, **extra))
-                return await value if inspect.isawaitable(value) else value
-        # SystemExit too: a reward function that calls `exit` must not end the run.
-        except (Exception, SystemExit) as error:
-            if clock.expired():
-                raise EnvironmentFailure(f"{source} did not return within {self._timeout_seconds:g} s") from error
-            raise EnvironmentFailure(f"{source} raised {type(error).__name__}: {error}") from error
+                value, error = await _in_thread(lambda: self._function(reply, **extra))
+                if inspect.isawaitable(value):
+                    value, error = await _awaited(value)
+        except TimeoutError as too_late:
+            value, error = None, too_late
+        if error is None:
+            return value
+        if clock.expired():
+            raise EnvironmentFailure(f"{source} did not return within {self._timeout_seconds:g} s") from error
+        raise EnvironmentFailure(f"{source} raised {type(error).__name__}: {error}") from error
 
 
-def _in_thread(call: Callable[[], object]) -> Awaitable[object]:
+def _in_thread(call: Callable[[], object]) -> Awaitable[_Answer]:
     """Run it in a daemon thread, which neither a full thread pool nor the end of the program has to wait for."""
-    future: Future[object] = Future()
+    future: Future[_Answer] = Future()
     future.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
-            result = call()
+            answer: _Answer = call(), None
         except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+            answer = None, error
+        future.set_result(answer)
 
     threading.Thread(target=work, name="reward-function", daemon=True).start()
     return asyncio.wrap_future(future)
 
 
-def _load(path: str) -> Callable[..., Any]:
-    place, colon, name = path.rpartition(":")
-    if not (place and colon and name.isidentifier()):
-        raise ConfigError(f"reward function {path!r} must be `package.module:function` or `path/to/file.py:function`")
+async def _awaited(value: Awaitable[object]) -> _Answer:
+    """What an async function came to; Ctrl-C and a cancellation from outside are not its own and pass through."""
     try:
-        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        return await value, None
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"reward function {path!r} cannot be imported: {type(error).__name__}: {error}") from error
-    function = vars(module).get(name)
-    if not callable(function):
-        raise ConfigError(f"reward function {path!r} does not exist: {place} defines no function {name!r}")
-    return function
+        return None, error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return None, error
 
 
-def _module_from_file(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _accepted_extras(function: Callable[..., Any], path: str) -> frozenset[str] | None:
-    """Names of the extras it takes; None: any.
+def _accepted_extras(function: Callable[..., Any], path: str) -> Callable[[str], bool]:
+    """Whether it takes an extra of a name.
 
     Raises:
         ConfigError: its first parameter cannot take the completion, or a later one cannot be given by name.
@@ -127,10 +121,11 @@ def _accepted_extras(function: Callable[..., Any], path: str) -> frozenset[str] 
     if not takes_completion or nameless:
         signature = f"{path.rpartition(':')[2]}{inspect.signature(function)}"
         raise ConfigError(f"reward function {path!r} is {signature}; it must be callable as (completion, **extra)")
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(parameter.name for parameter in parameters[1:] if parameter.kind in named)
+    completion, *others = [parameter.name if parameter.kind in named else None for parameter in parameters]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return lambda name: name != completion
+    return lambda name: name in others
 
 
 def _excerpt(messages: Sequence[Message]) -> str:

@@ -141,17 +141,22 @@ class Console:
         accuracy_before: float | None,
         accuracy_after: float | None,
         accuracy_base_best_prompt: float | None = None,
+        reward_before: float | None = None,
+        reward_after: float | None = None,
         rows: Mapping[str, str],
     ) -> None:
         """Take the bar away and print the outcome: accuracies, then `rows` (label to path, command or remark).
+
+        The rewards have a row where they say something else than the accuracies.
 
         A row is never cut or folded, so that a path or a command can be copied whole.
         """
         self.__exit__()
         outcome: dict[str, str] = {}
         if accuracy_after is not None:
-            before = "" if accuracy_before is None else f"{accuracy_before:.3f} {self._arrow} "
-            outcome["accuracy"] = f"{before}{accuracy_after:.3f}"
+            outcome["accuracy"] = self._change(accuracy_before, accuracy_after)
+        if reward_after is not None and (reward_before, reward_after) != (accuracy_before, accuracy_after):
+            outcome["reward"] = self._change(reward_before, reward_after)
         if accuracy_base_best_prompt is not None:
             outcome["base, best prompt"] = f"{accuracy_base_best_prompt:.3f}"
         outcome |= rows
@@ -162,9 +167,9 @@ class Console:
             line = Text.assemble((label.ljust(width + 2), "dim"), (_printable(text), style))
             self._rich.print(line, soft_wrap=True)
 
-    @property
-    def _arrow(self) -> str:
-        return "→" if self._rich.encoding.startswith("utf") else "->"
+    def _change(self, before: float | None, after: float) -> str:
+        arrow = "→" if self._rich.encoding.startswith("utf") else "->"
+        return f"{after:.3f}" if before is None else f"{before:.3f} {arrow} {after:.3f}"
 
     def _print_sample(self, step: int, sample: Sample) -> None:
         fields = {

@@ -158,10 +158,15 @@ class MlflowSink:
         self._client.set_terminated(self._run_id)
 
 
+def log_folder(config: LoggerConfig, run_folder: Path) -> Path:
+    """Where the figures of a run are: `config.log_dir`, or else the run's folder."""
+    return Path(config.log_dir).expanduser().absolute() if config.log_dir else run_folder
+
+
 def build_sinks(
     config: LoggerConfig, run_folder: Path, *, first_step: int = 0, resolved: Mapping[str, object] | None = None
 ) -> list[Sink]:
-    """Open the sinks that `config` asks for, in `config.log_dir` or else in the run's folder.
+    """Open the sinks that `config` asks for, in `log_folder`.
 
     Args:
         config: the section `logger`.
@@ -173,7 +178,7 @@ def build_sinks(
         DependencyError: a service is asked for and its package is not installed.
         OSError: the folder cannot be written.
     """
-    folder = Path(config.log_dir) if config.log_dir else run_folder
+    folder = log_folder(config, run_folder)
     sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", first_step=first_step)]
     if config.tensorboard_enabled:
         sinks.append(TensorBoardSink(folder / "tensorboard", first_step=first_step))

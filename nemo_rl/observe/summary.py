@@ -1,11 +1,9 @@
-"""What a run cost and what it reached: seconds by phase, peak memory, `summary.json`."""
+"""What a run cost and what it reached: seconds by phase, `summary.json`."""
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -62,22 +60,6 @@ class PhaseTimer:
         return self._clock() - self._begun
 
 
-def peak_memory_bytes() -> int:
-    """The most resident memory that this process has held so far."""
-    with suppress(OSError, StopIteration):  # Linux: `getrusage` would count what the parent held at the fork, too
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_device_memory_bytes() -> int:
-    """The most memory that torch has held on this process's GPU; 0 without one in use."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-
-
 def phase_table(seconds_by_phase: Mapping[str, float], seconds_total: float) -> list[tuple[str, float, float]]:
     """Name, seconds and share of the wall time of every phase, largest first; the rest of the time is `other`.
 
@@ -115,14 +97,17 @@ class Summary:
     """What `summary.json` says of a run.
 
     Attributes:
-        accuracy_before: greedy accuracy on the held-out problems before the first step; None when not measured.
+        accuracy_before: greedy accuracy on the held-out problems before the first step; None when not measured, or when
+            no environment tells right from wrong.
         accuracy_after: the same after the last step.
+        reward_before: mean reward of the same answers before the first step; None when not measured.
+        reward_after: the same after the last step.
         accuracy_base_best_prompt: of the untrained model with the best of the candidate prompts.
-        steps: optimizer steps done.
+        steps: steps of the loop done.
         seconds_total: wall seconds of the run, loading included.
         seconds_by_phase: wall seconds per phase; phases do not overlap.
         tokens_per_second: sampled tokens per wall second of the training loop.
-        peak_memory_bytes: the most resident memory of the driver process.
+        peak_memory_bytes: the most that one process of the run has held, the policy's or the driver's.
         seed: the run's seed.
         extra: further figures, written beside the others.
     """
@@ -130,6 +115,8 @@ class Summary:
     accuracy_before: float | None
     accuracy_after: float | None
     accuracy_base_best_prompt: float | None
+    reward_before: float | None
+    reward_after: float | None
     steps: int
     seconds_total: float
     seconds_by_phase: Mapping[str, float]

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from typing import Literal
 
 import torch
@@ -17,8 +18,8 @@ from nemo_rl.errors import DataError, EnvironmentFailure
 from nemo_rl.interfaces import Environment, Sampler
 from nemo_rl.metrics import Histogram, Max, Mean, Metrics, Min, Sum, merge, prefixed
 
-type DropReason = Literal["refused", "environment_failure", "deadline"]
-"""`refused`: the prompt is too long; `environment_failure`: judging failed twice; `deadline`: judging took too long."""
+type DropReason = Literal["environment_failure", "deadline"]
+"""`environment_failure`: judging failed twice; `deadline`: judging took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,19 @@ class DroppedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What came of a batch of tasks: groups and dropped groups, each in the order of the tasks, and the figures."""
+    """What came of a batch of tasks.
+
+    Attributes:
+        groups: judged groups, in the order of the tasks.
+        dropped: tasks without a group, in the same order.
+        metrics: figures of the rollouts.
+        environment_seconds: wall time of judging.
+    """
 
     groups: list[RolloutGroup]
     dropped: list[DroppedGroup]
     metrics: Metrics
+    environment_seconds: float = 0.0
 
 
 async def collect(
@@ -54,7 +63,6 @@ async def collect(
     decode: Callable[[Tensor], str],
     sampling: SamplingParams,
     seed: int,
-    on_group: Callable[[RolloutGroup], None] | None = None,
     deadline_seconds: float | None = None,
 ) -> Collected:
     """Sample `group_size` completions of every task in one `generate` call and judge them concurrently.
@@ -71,7 +79,6 @@ async def collect(
         sampling: for every request.
         seed: together with a task's index, its occurrence in the batch (it may come more than once) and the sample's
             number, it decides a completion's random draws, whatever else is in the batch.
-        on_group: called with each group as soon as it is judged.
         deadline_seconds: time to judge; groups that are not done by then are dropped.
 
     Raises:
@@ -82,18 +89,16 @@ async def collect(
     completions = await generator.generate(_requests(tasks, group_size, sampling, seed))
     start = time.perf_counter()
 
-    async def judge(place: int) -> RolloutGroup | DroppedGroup:
-        samples = completions[place * group_size : (place + 1) * group_size]
-        group = await _judge_group(tasks[place], samples, judges[place], decode, deadline_seconds)
-        if on_group is not None and isinstance(group, RolloutGroup):
-            on_group(group)
-        return group
-
-    judged = await asyncio.gather(*(judge(place) for place in range(len(tasks))))
+    samples = batched(completions, group_size)
+    judged = await asyncio.gather(
+        *(
+            _judge_group(task, answers, environment, decode, deadline_seconds)
+            for task, answers, environment in zip(tasks, samples, judges, strict=True)
+        )
+    )
     groups = [group for group in judged if isinstance(group, RolloutGroup)]
     dropped = [group for group in judged if isinstance(group, DroppedGroup)]
-    metrics = _metrics(groups, dropped) | {"environment/seconds": Sum(time.perf_counter() - start)}
-    return Collected(groups, dropped, metrics)
+    return Collected(groups, dropped, _metrics(groups, dropped), time.perf_counter() - start)
 
 
 def request_seed(seed: int, index: int, sample: int, occurrence: int) -> int:
@@ -126,9 +131,6 @@ async def _judge_group(
     decode: Callable[[Tensor], str],
     deadline_seconds: float | None,
 ) -> RolloutGroup | DroppedGroup:
-    if any(completion.stop_reason == "refused" for completion in completions):
-        length = len(_prompt(task))
-        return DroppedGroup(task, "refused", f"the prompt of task {task.index} is too long to answer: {length} tokens")
     clock = asyncio.timeout(deadline_seconds)
     try:
         async with clock:
@@ -195,6 +197,6 @@ def _rollout_metrics(rollout: Rollout) -> Metrics:
         **prefixed("rewards", {name: Mean(reward) for name, reward in rollout.rewards.items()}),
         "response_length/mean": Mean(length),
         "response_length/max": Max(length),
-        "share_truncated": Mean(float(rollout.stop_reason in ("length", "deadline"))),
+        "share_truncated": Mean(float(rollout.stop_reason == "length")),
         **prefixed("environment", {name: Mean(value) for name, value in rollout.metrics.items()}),
     }

@@ -68,6 +68,23 @@ def test_the_best_checkpoints_stay_and_always_the_latest(
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step}" for step in expected]
 
 
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("val:acuracy", "metric_name=val:acuracy, so the latest ones are kept; did you mean val:accuracy?"),
+        ("val:reward", "metric_name=val:reward, so the latest ones are kept; val:NAME needs a validation"),
+        ("val:accuracy", None),
+        (None, None),
+    ],
+)
+def test_a_ranking_figure_that_no_checkpoint_has_is_said_once(
+    metric: str | None, says: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5], keep_top_k=2, metric_name=metric)
+    assert [says in text for text in caplog.messages if says] == ([] if says is None else [True])
+    assert (says is None) == (not caplog.messages)
+
+
 def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,11 +129,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_started_again_trains_no_step_and_says_so(
-    finished: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_run_started_again_says_so_before_it_loads_anything(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(finished)
-    outcome = launch(overrides(tiny_llama, reward_file(finished.parent), finished))
+    outcome = launch(overrides(tmp_path / "no model", reward_file(finished.parent), finished))
     assert outcome.finished and outcome.step == 3
     assert capsys.readouterr().out.splitlines() == [
         f"{finished} holds this run, finished after step 3: raise grpo.max_num_steps (or max_num_epochs) to go on, or "
@@ -125,11 +142,25 @@ def test_a_finished_run_started_again_trains_no_step_and_says_so(
     assert snapshot(finished) == before
 
 
+def test_a_run_finished_by_its_epochs_says_so_too_and_goes_on_with_more(tiny_llama: Path, tmp_path: Path) -> None:
+    reward, data = reward_file(tmp_path), "data.train.num_samples=6"
+    for model, epochs, step in ((tiny_llama, 1, 2), (tmp_path / "no model", 1, 2), (tiny_llama, 2, 3)):
+        outcome = launch(overrides(model, reward, tmp_path / "run", data, f"grpo.max_num_epochs={epochs}"))
+        assert outcome.finished and outcome.step == step
+
+
 def test_a_finished_run_goes_on_with_more_steps(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
     outcome = launch(overrides(tiny_llama, reward_file(tmp_path), folder, "grpo.max_num_steps=4"))
     assert outcome.step == 4
     assert [record["step"] for record in records(folder)] == [1, 2, 3, 4]
+
+
+def test_a_learning_rate_changed_on_resume_takes_effect(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    changed = ("grpo.max_num_steps=4", "policy.optimizer.kwargs.lr=0.002")
+    launch(overrides(tiny_llama, reward_file(tmp_path), folder, *changed))
+    assert [record["train/learning_rate"] for record in records(folder)] == [0.01, 0.01, 0.01, 0.002]
 
 
 def test_a_run_killed_between_its_last_step_and_its_end_is_brought_to_it(
@@ -190,7 +221,7 @@ def test_a_run_with_a_truncated_checkpoint_is_refused_until_that_is_deleted(
     folder = shutil.copytree(finished, tmp_path / "run")
     tear(folder / "step_3" / "policy" / "weights" / "__0_0.distcp")
     settings = overrides(tiny_llama, reward_file(tmp_path), folder)
-    assert str(folder / "step_3") in refused(settings, folder)
+    assert str(folder / "step_3") in refused([*settings, "grpo.max_num_steps=4"], folder)
 
     shutil.rmtree(folder / "step_3")
     assert launch(settings).step == 3

@@ -34,12 +34,14 @@ token_mult_prob_error rollout_kl importance_weight_mean importance_weight_max im
 learning_rate tokens loss_tokens tokens_computed tokens_sampled staleness/mean loss dropped_groups optimizer_steps
 """
 EVERY_STEP_TIMING = """
-generate_seconds train_seconds step_seconds tokens_per_second generate_tokens_per_second train_tokens_per_second
+generate_seconds environment_seconds train_seconds step_seconds tokens_per_second generate_tokens_per_second
+train_tokens_per_second
 """
 SUMMARY = """
 accuracy_before accuracy_after accuracy_base_best_prompt steps seconds_total seconds_by_phase tokens_per_second
-peak_memory_bytes seed
+peak_memory_bytes seed reward_before reward_after
 """
+NEEDS_A_JUDGE_OF_RIGHT_AND_WRONG = ["accuracy_before", "accuracy_after", "accuracy_base_best_prompt"]
 # Vowels where the sum is odd, else 1 for every answer: some groups are uniform, some are not.
 SOMETIMES_UNIFORM = VOWELS.replace("completion: str", "completion: str, ground_truth: str").replace(
     "    return", "    if int(ground_truth) % 2:\n        return 1.0\n    return"
@@ -83,13 +85,15 @@ def test_a_run_leaves_every_record_it_promises(
         assert [name for name in names if line.get(name) is None] == []
         assert line["train/staleness/mean"] == 0
     assert [line["step"] for line in lines if "val/reward" in line] == [0, 2, 3]
-    assert [line["step"] for line in lines if "before/test" in line] == [0]
-    assert [line["after/test"] for line in lines if "after/test" in line] == [outcome.accuracy_after]
+    assert [line["step"] for line in lines if "before/test/reward" in line] == [0]
+    assert [line["after/test/reward"] for line in lines if "after/test/reward" in line] == [outcome.reward_after]
 
     summary = json.loads((folder / "summary.json").read_text())
     assert [name for name in SUMMARY.split() if name not in summary] == []
-    assert summary["accuracy_before"] == next(line["before/test"] for line in lines if "before/test" in line)
-    assert summary["accuracy_base_best_prompt"] is not None
+    (before,) = (line["before/test/reward"] for line in lines if "before/test/reward" in line)
+    assert summary["reward_before"] == before == outcome.reward_before
+    assert summary["reward_after"] == outcome.reward_after not in (None, before)
+    assert [name for name in SUMMARY.split() if summary[name] is None] == NEEDS_A_JUDGE_OF_RIGHT_AND_WRONG
     assert sum(summary["seconds_by_phase"].values()) <= summary["seconds_total"]
 
     assert list(rollouts(folder)) == ["step_1.jsonl", "step_2.jsonl", "step_3.jsonl"]

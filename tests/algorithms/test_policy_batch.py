@@ -51,6 +51,21 @@ def test_filtered_answers_count_neither_in_the_baseline_nor_in_the_normaliser() 
 
 
 @pytest.mark.parametrize(
+    ("normalize", "leave_one_out", "expected"),
+    [
+        ("false", "true", [1, -1 / 2, -1 / 2]),
+        ("false", "false", [2 / 3, -1 / 3, -1 / 3]),
+        ("true", "true", [1, -(2**-0.5), -(2**-0.5)]),  # the peers of the best are all equal
+        ("true", "false", [2 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5]),  # the deviation of 1, 0, 0 is 3^-1/2
+    ],
+)
+def test_baseline_and_deviation_are_those_asked_for(normalize: str, leave_one_out: str, expected: list[float]) -> None:
+    baseline = f"grpo.use_leave_one_out_baseline={leave_one_out}"
+    batch, _ = policy_batch(config(f"grpo.normalize_rewards={normalize}", baseline), [MIXED, UNIFORM], version=4)
+    assert batch.sequence_columns["advantages"].tolist() == pytest.approx([*expected, 0, 0, 0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
     ("reduction", "expected"),
     [
         ("token_mean", [1 / 22] * 14),

@@ -39,6 +39,8 @@ def test_a_section_shows_the_fields_of_all_its_variants() -> None:
     text = explain("policy.generation", GRPOConfig)
     assert "  max_batch_size: integer >= 1, default 64" in text
     assert "  vllm_cfg: section" in text
+    assert text.count("  temperature: ") == 1
+    assert text.index("temperature") < text.index("Samples in the training process") < text.index("max_batch_size")
     assert "  grpo: section" in explain("", GRPOConfig)
 
 

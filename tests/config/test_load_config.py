@@ -151,8 +151,9 @@ def test_an_error_names_the_key_the_line_and_the_cure(line: str, says: str, tmp_
         ("==", "does not parse"),
         ("~policy.model_name", "policy.model_name is missing"),
         ("~grpo.val_at_end", "removes a key that is not written"),
-        ("policy.train_global_batch_size=48", "16 prompts x 8 answers = 128 rollouts"),
-        ("policy.train_global_batch_size=256", "make it a divisor of 128 (command line)"),
+        ("policy.train_global_batch_size=56", "24 prompts x 8 answers = 192 rollouts"),
+        ("policy.train_global_batch_size=384", "make it a divisor of 192 and a multiple of 8 (command line)"),
+        ("policy.train_global_batch_size=4", "does not divide into equal parts of whole groups"),
         ("grpo.num_generations_per_prompt=1", "leaves no other answer for grpo.use_leave_one_out_baseline"),
         ("policy.generation.max_new_tokens=128", "leaves no room for a prompt"),
         ("data.max_input_seq_length=120", "exceeds policy.max_total_sequence_length"),
@@ -166,12 +167,39 @@ def test_an_error_names_the_key_the_line_and_the_cure(line: str, says: str, tmp_
         ("policy.scheduler=[{name: a},{name: b}]", "chains 2 schedulers and needs one milestones entry with 1 steps"),
         ("policy.generation.colocated.enabled=false", "set resources.gpus_per_node"),
         ("policy.max_grad_norm=nan", "must be a finite number"),
+        ("grpo.seed=", "grpo.seed = '' (command line) must be a valid integer"),
     ],
 )
 def test_an_impossible_override_is_one_sentence(override: str, says: str) -> None:
     message = error_of(None, override)
     assert says in message
     assert "\n" not in message
+
+
+def test_an_empty_value_is_not_met_with_an_empty_proposal() -> None:
+    assert "did you mean" not in error_of(None, "grpo.seed=")
+
+
+@pytest.mark.parametrize("prompt", ["cost ${x} {}", "cost \\${x} {}", "C:\\dir\\\\${grpo.seed} {}", "$${a}\\ {}"])
+def test_text_that_looks_like_an_interpolation_survives_the_dump(prompt: str, tmp_path: Path) -> None:
+    values = load().config.model_dump(mode="json")
+    values["data"]["prompt"] = prompt
+    config = GRPOConfig.model_validate(values)
+    assert load(write(tmp_path, "dump.yaml", dump_config(config))).config == config
+
+
+def test_text_that_looks_like_a_number_survives_the_dump(tmp_path: Path) -> None:
+    values = load().config.model_dump(mode="json")
+    values["policy"]["generation"]["stop_strings"] = ["0E0", "1e5", "1.5", "true"]
+    config = GRPOConfig.model_validate(values)
+    assert load(write(tmp_path, "dump.yaml", dump_config(config))).config == config
+
+
+def test_a_gpu_that_ray_is_not_asked_for_is_an_error() -> None:
+    message = error_of(None, "cluster.executor=ray", "policy.device=cuda")
+    assert "policy.device = cuda needs a GPU, and cluster.gpus_per_node = 0 asks Ray for none" in message
+    for fine in ("policy.device=auto", "cluster.gpus_per_node=1", "cluster.executor=local"):
+        load(None, "cluster.executor=ray", "policy.device=cuda", fine)
 
 
 def test_validation_without_validation_data_is_an_error() -> None:
@@ -199,7 +227,7 @@ def test_the_wall_clock_limit_is_read_as_seconds() -> None:
     prompts=st.integers(1, 64),
     answers=st.integers(2, 16),
     learning_rate=st.floats(1e-9, 1.0),
-    stop=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=8), max_size=3),
+    stop=st.lists(st.text(st.characters(codec="utf-8") | st.sampled_from("\\${}"), max_size=8), max_size=3),
 )
 def test_any_valid_configuration_survives_the_dump(
     prompts: int, answers: int, learning_rate: float, stop: list[str], tmp_path_factory: pytest.TempPathFactory

@@ -9,14 +9,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_rl.config.load import load_config
 from nemo_rl.config.model_shapes import ModelShape, model_shape
-from nemo_rl.config.plan import batch_rows, memory_bytes, memory_rows, render_plan
+from nemo_rl.config.plan import batch_plan, batch_rows, memory_bytes, memory_rows, render_plan
 from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.packing import build_stream, micro_batches
 
 
 def load(*overrides: str) -> GRPOConfig:
     return load_config(None, overrides, GRPOConfig).config
 
 
+SHORT_PROMPT = "data.max_input_seq_length=7"
 FAMILIES = {
     "llama": {"attention_bias": False},
     "qwen2": {},
@@ -69,9 +72,33 @@ def test_batch_plan_counts_tokens() -> None:
     rows = dict(batch_rows(config))
     assert rows["rollouts per step"].startswith("24 ")
     assert rows["optimizer steps per step"] == "2 (12 rollouts each)"
-    assert rows["generated per step"].startswith("at most 480 tokens")
-    assert "at most 800 tokens computed, 2,400" in rows["trained per step"]  # 4 x 80 + 24 x 20 against 24 x 100
-    assert rows["micro-batches"].startswith("at most 2 ")  # 400 tokens in micro-batches of 256
+    assert rows["generated per step"].startswith("480 tokens")
+    assert rows["trained per step"].startswith("776 tokens computed, 2,400")  # 4 x 80 + 24 x 19 against 24 x 100
+    assert rows["micro-batches"] == "2 per optimizer step, of up to 194 tokens"  # 80 + 6 x 19 each
+
+
+@pytest.mark.parametrize("budget", [100, 150, 200, 233, 400, 500, 1000])
+@pytest.mark.parametrize("setting", ["policy.share_prefixes=true", "policy.share_prefixes=false", SHORT_PROMPT])
+def test_the_plan_is_what_the_micro_batches_of_a_step_come_to(budget: int, setting: str) -> None:
+    sizes = ("grpo.num_prompts_per_step=6", "grpo.num_generations_per_prompt=5", "policy.train_global_batch_size=15")
+    lengths = ("policy.max_total_sequence_length=100", "policy.generation.max_new_tokens=20")
+    config = load(*sizes, *lengths, setting, f"policy.train_mb_tokens={budget}")
+    plan, policy, prompt = batch_plan(config), config.policy, config.max_prompt_tokens
+    rows = [  # full length, and nothing in common but the prompt
+        torch.cat([torch.arange(prompt) + 1000 * group, torch.arange(20) + 100_000 + 100 * (5 * group + answer)])
+        for group in range(3)
+        for answer in range(5)
+    ]
+    batch = TokenBatch(
+        torch.cat(rows),
+        torch.arange(16) * (prompt + 20),
+        torch.arange(3).repeat_interleave(5),
+        {"loss_mask": (torch.arange(prompt + 20) >= prompt).repeat(15)},
+    )
+    sharing = {"share_prefixes": policy.share_prefixes, "min_shared": policy.min_shared_prefix}
+    parts = list(micro_batches(batch, max_tokens=budget, **sharing))
+    computed = [len(build_stream(part, **sharing).input_ids) for part in parts]
+    assert (plan.microbatches, plan.largest, plan.computed) == (len(parts), max(computed), 2 * sum(computed))
 
 
 def test_memory_follows_precision_and_optimizer() -> None:

@@ -24,14 +24,13 @@ def complaint(settings: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["grpo.num_promts_per_step=2"], "unknown key grpo.num_promts_per_step .* grpo.num_prompts_per_step"),
         (["grpo.seed=often"], "grpo.seed = 'often' .* must be a valid integer"),
-        (["policy.train_global_batch_size=5"], "12 rollouts, which policy.train_global_batch_size = 5 does not divide"),
+        (["policy.train_global_batch_size=6"], "12 rollouts, which policy.train_global_batch_size = 6 does not divide"),
         (["grpo.num_generations_per_prompt=1"], "leaves no other answer for grpo.use_leave_one_out_baseline"),
         (["data.max_input_seq_length=20"], r"prompt of task \d+ has \d+ tokens and data.max_input_seq_length is 20"),
         (["policy.model_name=./no/such/model"], "model folder no/such/model does not exist"),
         (["env.function.path=no_such_file.py:reward"], "'no_such_file.py:reward' cannot be imported"),
         (["env.function.path=math:reward"], "math defines no function 'reward'"),
         (["data.train={{name: local, path: none.jsonl, environment: function}}"], "none.jsonl does not exist"),
-        (["policy.optimizer.name=torch.optim.Adamw"], "'torch.optim.Adamw'"),
         (["checkpointing.checkpoint_dir={file}/run"], "cannot write to the run folder .*/file/run .*checkpoint_dir"),
         (["logger.log_dir={file}/logs"], "cannot write the logs in .*/file/logs .*logger.log_dir"),
         (["data.train={{name: local, path: '{empty}', environment: function}}"], "empty.jsonl is empty"),
@@ -67,6 +66,10 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_loaded(
             "set policy.generation.colocated.enabled=true",
         ),
         (["cluster.gpus_per_node=8"], "runs in one process on one device"),
+        (["~policy.optimizer.kwargs.lr"], "policy.optimizer.kwargs has no lr"),
+        (["+policy.optimizer.kwargs.weight_decya=0.1"], "AdamW refuses the arguments"),
+        (["policy.optimizer.name=torch.optim.Adamw"], "'torch.optim.Adamw'"),
+        (["policy.scheduler=[{name: torch.optim.lr_scheduler.ReduceLROnPlateau}]"], "decides by a metric"),
     ],
 )
 def test_what_no_backend_can_run_is_refused_before_anything_is_loaded(
@@ -75,3 +78,4 @@ def test_what_no_backend_can_run_is_refused_before_anything_is_loaded(
     missing_model = f"policy.model_name={tmp_path / 'none'}"
     asked = overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *settings, missing_model)
     assert expected in complaint(asked, capsys)
+    assert not (tmp_path / "run").exists()

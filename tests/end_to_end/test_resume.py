@@ -1,7 +1,7 @@
 """A run that is killed or interrupted goes on as if nothing had happened."""
 
 import os
-import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tiny_run import (  # pyright: ignore[reportImplicitRelativeImport]
     VOWELS,
@@ -43,12 +44,12 @@ def wait_for(path: Path, alive: int, seconds: float = 250) -> None:
 
 
 def test_a_run_killed_during_a_step_resumes_to_the_same_bits(tiny_llama: Path, tmp_path: Path) -> None:
-    steps = ("grpo.max_num_steps=6", "checkpointing.save_period=3", "policy.train_global_batch_size=6")
+    settings = ("grpo.max_num_steps=6", "checkpointing.save_period=3", "policy.train_global_batch_size=4")
     reward = reward_file(tmp_path)
     killed = in_process(
-        overrides(tiny_llama, reward_file(tmp_path / "b", BLOCKED_IN_STEP_4), tmp_path / "killed", *steps)
+        overrides(tiny_llama, reward_file(tmp_path / "b", BLOCKED_IN_STEP_4), tmp_path / "killed", *settings)
     )
-    launch(overrides(tiny_llama, reward, tmp_path / "whole", *steps))
+    launch(overrides(tiny_llama, reward, tmp_path / "whole", *settings))
 
     wait_for(tmp_path / "b" / "blocked", killed.pid or 0)
     killed.kill()
@@ -56,10 +57,14 @@ def test_a_run_killed_during_a_step_resumes_to_the_same_bits(tiny_llama: Path, t
     assert [record["step"] for record in records(tmp_path / "killed")] == [1, 2, 3]
     assert not (tmp_path / "killed" / "summary.json").exists()
 
-    outcome = launch(overrides(tiny_llama, reward, tmp_path / "killed", *steps))
+    outcome = launch(overrides(tiny_llama, reward, tmp_path / "killed", *settings))
     assert outcome.finished and outcome.step == 6
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
-    assert len(records(tmp_path / "whole")) == 6
+    steps = records(tmp_path / "whole")
+    rewards = [0.324430, 0.314449, 0.305062, 0.315602, 0.332640, 0.307436]
+    losses = [-0.125417, 1.062826, -2.205384, -0.852690, 0.138438, 1.206198]
+    assert [step["train/reward/mean"] for step in steps] == pytest.approx(rewards, rel=1e-4)
+    assert [step["train/loss"] for step in steps] == pytest.approx(losses, rel=1e-3)
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_run_that_resumes(tiny_llama: Path, tmp_path: Path) -> None:
@@ -94,10 +99,35 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tiny_llama: Path, 
     done = len(records(folder))
     assert 1 <= done < 50 and (folder / f"step_{done}").is_dir()
     assert "Ctrl-C again stops at once" in output
-    assert re.search(rf"to continue +run the same command again: it resumes after step {done}\n", output), output
     assert "Traceback" not in output
+    command = shlex.split(output.splitlines()[-1].removeprefix("to continue"))
+    assert command[command.index("grpo") :] == ["grpo", *slow, "grpo.max_num_steps=50"]
 
     steps = f"grpo.max_num_steps={done + 2}"
-    assert launch(overrides(tiny_llama, reward, folder, steps)).finished
+    resumed = subprocess.run([*command, steps, f"env.function.path={reward}"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
     launch(overrides(tiny_llama, reward, tmp_path / "whole", steps))
     assert_same_run(tmp_path / "whole", folder, done + 2)
+
+
+def test_ctrl_c_again_while_saving_stops_at_once_and_leaves_the_checkpoint_before(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder, reward = tmp_path / "stopped", reward_file(tmp_path)
+    steps = ("grpo.max_num_steps=50", "checkpointing.save_period=2")
+    process = in_process(overrides(tiny_llama, reward, folder, *steps), stuck_in_save=2)
+    pid = process.pid or 0
+    wait_for(folder / "step_2", pid)
+    os.kill(pid, signal.SIGINT)
+    wait_for(tmp_path / "stopped.stuck", pid)
+    os.kill(pid, signal.SIGINT)
+    process.join(timeout=20)
+    code, output = process.exitcode, (tmp_path / "stopped.log").read_text()
+    process.kill()
+    assert code == 130, output
+    assert "Ctrl-C again stops at once" in output and "Traceback" not in output
+    assert [path.name for path in folder.glob("step_*")] == ["step_2"]
+
+    launch(overrides(tiny_llama, reward, folder, "grpo.max_num_steps=4"))
+    launch(overrides(tiny_llama, reward, tmp_path / "whole", "grpo.max_num_steps=4"))
+    assert_same_run(tmp_path / "whole", folder, 4)

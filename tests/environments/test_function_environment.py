@@ -13,6 +13,7 @@ from nemo_rl.errors import ConfigError, EnvironmentFailure
 
 REWARDS = """
 import asyncio, math, sys, time
+import numpy, torch
 from fractions import Fraction
 
 def exact(completion, ground_truth): return completion == ground_truth
@@ -28,11 +29,23 @@ def sleeps(completion):
     return 1.0
 async def sleeps_async(completion): await asyncio.sleep(float(completion))
 
+def positional(completion, /, **extra): return len(extra)
+def numpy_bool(completion): return numpy.bool_(True)
+def torch_scalars(completion): return {"zero": torch.tensor(0.5), "one": torch.ones(1, requires_grad=True)}
+
 def raises(completion): return 1 / 0
+def stops(completion): raise StopIteration(completion)
+def cancels(completion): raise asyncio.CancelledError("mine")
+def interrupts(completion): raise KeyboardInterrupt
+async def leaves_async(completion): sys.exit(3)
+async def stops_async(completion): raise StopIteration(completion)
+async def cancels_async(completion): raise asyncio.CancelledError("mine")
 def leaves(completion): sys.exit(3)
 def nan(completion): return math.nan
 def infinite(completion): return {"good": 1.0, "bad": math.inf}
 def nothing(completion): return None
+def array(completion): return numpy.zeros(2)
+def torch_nan(completion): return torch.tensor(math.nan)
 def text(completion): return "1.0"
 def empty(completion): return {}
 def misnamed(completion): return {1: 1.0}
@@ -55,9 +68,10 @@ def step(environment: FunctionEnvironment, reply: str = "12") -> Outcome:
     return asyncio.run(score(environment, reply))
 
 
-async def score(environment: FunctionEnvironment, reply: str) -> Outcome:
+async def score(environment: FunctionEnvironment, reply: str, **others: str) -> Outcome:
     messages = [Message(role="user", content="What is 5 + 7?"), Message(role="assistant", content=reply)]
-    return await environment.step(messages, {"ground_truth": "12", "kind": "sum"})
+    extra = {"ground_truth": "12", "kind": "sum", **others}
+    return await asyncio.wait_for(environment.step(messages, extra), 20)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +81,8 @@ async def score(environment: FunctionEnvironment, reply: str) -> Outcome:
         ("named", {"length": 2.0, "extras": 2.0}),
         ("later", {"reward": 0.25}),
         ("callable_object", {"reward": 0.5}),
+        ("numpy_bool", {"reward": 1.0}),
+        ("torch_scalars", {"zero": 0.5, "one": 1.0}),
     ],
 )
 def test_a_function_gives_its_rewards(file: Path, name: str, rewards: dict[str, float]) -> None:
@@ -74,6 +90,28 @@ def test_a_function_gives_its_rewards(file: Path, name: str, rewards: dict[str, 
     assert outcome.rewards == rewards
     assert all(type(reward) is float for reward in outcome.rewards.values())
     assert outcome.done
+
+
+def test_an_extra_named_as_the_completion_parameter_is_left_out(file: Path) -> None:
+    def reward(name: str) -> dict[str, float]:
+        environment = FunctionEnvironment(f"{file}:{name}")
+        return asyncio.run(score(environment, "12", completion="another")).rewards
+
+    assert reward("named") == {"length": 2.0, "extras": 2.0}
+    assert reward("exact") == {"reward": 1.0}
+    assert reward("positional") == {"reward": 3.0}
+
+
+def test_a_cancellation_from_outside_is_no_failure_of_the_function(file: Path) -> None:
+    async def cancelled(name: str) -> bool:
+        task = asyncio.create_task(score(FunctionEnvironment(f"{file}:{name}"), "5"))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(cancelled("sleeps_async"))
+    assert asyncio.run(cancelled("sleeps"))
 
 
 def test_a_function_of_an_installed_module_is_found() -> None:
@@ -84,11 +122,19 @@ def test_a_function_of_an_installed_module_is_found() -> None:
     ("name", "reason"),
     [
         ("raises", "raised ZeroDivisionError: division by zero"),
+        ("stops", "raised StopIteration: 12"),
+        ("cancels", "raised CancelledError: mine"),
+        ("interrupts", "raised KeyboardInterrupt"),
         ("leaves", "raised SystemExit: 3"),
+        ("stops_async", "raised RuntimeError: coroutine raised StopIteration"),
+        ("cancels_async", "raised CancelledError: mine"),
+        ("leaves_async", "raised SystemExit: 3"),
         ("nan", "returned nan as 'reward'"),
         ("infinite", "returned inf as 'bad'"),
         ("nothing", "returned a value of type NoneType as 'reward'"),
         ("text", "returned a value of type str as 'reward'"),
+        ("array", "returned a value of type ndarray as 'reward'"),
+        ("torch_nan", "returned nan as 'reward'"),
         ("empty", "returned an empty mapping"),
         ("misnamed", "named a reward 1"),
     ],
@@ -126,9 +172,9 @@ def test_a_path_that_cannot_be_imported_is_a_config_error(tmp_path: Path) -> Non
         "no_such_module:f": "ModuleNotFoundError",
         f"{tmp_path}/nowhere.py:f": "FileNotFoundError",
         f"{broken}:f": "SyntaxError",
-        "no_colon": "must be `package.module:function`",
-        ":f": "must be `package.module:function`",
-        "module:": "must be `package.module:function`",
+        "no_colon": "must be `package.module:name`",
+        ":f": "must be `package.module:name`",
+        "module:": "must be `package.module:name`",
     }.items():
         with pytest.raises(ConfigError, match=reason):
             FunctionEnvironment(path)

@@ -4,9 +4,9 @@ import asyncio
 import time
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
+from child_processes import forget_other_processes, spawned
 from nemo_rl.data.types import Message, Outcome
 from nemo_rl.environments.math import MathEnvironment
 from nemo_rl.errors import EnvironmentFailure
@@ -32,19 +32,10 @@ HOSTILE = [
     "",
 ]
 
-others: set[psutil.Process] = set()
-
 
 @pytest.fixture(autouse=True, scope="module")
-def remember_other_processes() -> None:
-    """Other tests of this process may have left a fork server or the like."""
-    others.clear()
-    others.update(psutil.Process().children(recursive=True))
-
-
-def spawned(*, recursive: bool = False) -> list[psutil.Process]:
-    """Child processes that the tests of this module started."""
-    return [child for child in psutil.Process().children(recursive=recursive) if child not in others]
+def only_own_processes() -> None:
+    forget_other_processes()
 
 
 @pytest.fixture(scope="module")

@@ -10,22 +10,14 @@ from collections.abc import Awaitable, Callable
 import psutil
 import pytest
 
+from child_processes import forget_other_processes, spawned
 from nemo_rl.environments.pool import ProcessPool
 from nemo_rl.errors import WorkerError
 
-others: set[psutil.Process] = set()
-
 
 @pytest.fixture(autouse=True)
-def remember_other_processes() -> None:
-    """Other tests of this process may have left a fork server or the like."""
-    others.clear()
-    others.update(psutil.Process().children(recursive=True))
-
-
-def spawned(*, recursive: bool = False) -> list[psutil.Process]:
-    """Child processes that the test at hand started."""
-    return [child for child in psutil.Process().children(recursive=recursive) if child not in others]
+def only_own_processes() -> None:
+    forget_other_processes()
 
 
 def workers() -> set[psutil.Process]:

@@ -35,7 +35,7 @@ def test_phases_never_count_a_second_twice() -> None:
 
 def test_peak_memory_is_in_bytes_and_outlives_what_it_measured() -> None:
     program = """
-from nemo_rl.observe.summary import peak_memory_bytes
+from nemo_rl.distributed.memory import peak_memory_bytes
 before = peak_memory_bytes()
 block = b"x" * (before + (64 << 20))
 del block
@@ -55,6 +55,8 @@ def test_summary_has_the_promised_keys_and_replaces_the_old_one_whole(tmp_path: 
             accuracy_before=0.26,
             accuracy_after=after,
             accuracy_base_best_prompt=None,
+            reward_before=0.25,
+            reward_after=0.75,
             steps=40,
             seconds_total=271.5,
             seconds_by_phase={"generate": 130.0, "train": 120.0},
@@ -69,6 +71,8 @@ def test_summary_has_the_promised_keys_and_replaces_the_old_one_whole(tmp_path: 
         "accuracy_before": 0.26,
         "accuracy_after": 0.925,
         "accuracy_base_best_prompt": None,
+        "reward_before": 0.25,
+        "reward_after": 0.75,
         "steps": 40,
         "seconds_total": 271.5,
         "seconds_by_phase": {"generate": 130.0, "train": 120.0},

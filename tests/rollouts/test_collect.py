@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl.data.types import Completion, GenerationRequest, Message, RolloutGroup, SamplingParams, StopReason, Task
+from nemo_rl.data.types import Completion, GenerationRequest, Message, SamplingParams, StopReason, Task
 from nemo_rl.environments.function import FunctionEnvironment
 from nemo_rl.environments.math import MathEnvironment
 from nemo_rl.errors import ConfigError, DataError
@@ -46,8 +46,6 @@ class CountingGenerator:
 
     def _completion(self, number: int) -> Completion:
         ids = torch.tensor([*(int(digit) for digit in str(number)), EOS])
-        if self.stop_reason == "refused":
-            ids = ids[:0]
         return Completion(ids, -0.5 * torch.ones(len(ids)), self.stop_reason, policy_version=7)
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]] | None, version: int) -> None: ...
@@ -82,7 +80,6 @@ def run(
     generator: CountingGenerator | None = None,
     *,
     group_size: int = 4,
-    on_group: list[RolloutGroup] | None = None,
     deadline_seconds: float | None = None,
 ) -> Collected:
     return asyncio.run(
@@ -94,17 +91,13 @@ def run(
             decode=decode,
             sampling=SAMPLING,
             seed=3,
-            on_group=None if on_group is None else on_group.append,
             deadline_seconds=deadline_seconds,
         )
     )
 
 
 def test_a_rollout_is_the_prompt_and_what_was_sampled(environments: Mapping[str, Environment]) -> None:
-    heard: list[RolloutGroup] = []
-    collected = run([task(5)], environments, on_group=heard)
-    (group,) = collected.groups
-    assert heard == [group]
+    (group,) = run([task(5)], environments).groups
     assert group.task.index == 5
     rollout = group.rollouts[2]
     assert rollout.token_ids.tolist() == [50, 51, 52, 1, 2, EOS]
@@ -148,11 +141,9 @@ def test_duplicate_prompts_stay_separate_groups_with_draws_of_their_own(
 
 
 def test_one_failure_drops_its_whole_group_and_no_other(environments: Mapping[str, Environment]) -> None:
-    heard: list[RolloutGroup] = []
     tasks = [task(0), task(1, "breaks_on_odd"), task(2, "broken"), task(3)]
-    collected = run(tasks, environments, on_group=heard)
+    collected = run(tasks, environments)
     assert [group.task.index for group in collected.groups] == [0, 3]
-    assert len(heard) == 2
     assert [(drop.task.index, drop.reason) for drop in collected.dropped] == [
         (1, "environment_failure"),
         (2, "environment_failure"),
@@ -178,17 +169,6 @@ def test_judging_beyond_the_deadline_drops_the_group(environments: Mapping[str, 
     assert [drop.reason for drop in collected.dropped] == ["deadline"]
 
 
-def test_a_refused_prompt_drops_the_group(environments: Mapping[str, Environment]) -> None:
-    collected = run([task(6)], environments, CountingGenerator(stop_reason="refused"))
-    assert collected.groups == []
-    assert collected.dropped[0].message == "the prompt of task 6 is too long to answer: 3 tokens"
-    assert scalars(collected.metrics) | {"environment/seconds": 0.0} == {
-        "dropped_groups": 1,
-        "dropped_groups/refused": 1,
-        "environment/seconds": 0.0,
-    }
-
-
 def test_figures_are_those_of_the_rollouts(environments: Mapping[str, Environment]) -> None:
     generator = CountingGenerator(first=98, stop_reason="length")
     collected = run([task(0), task(1, ground_truth="102")], environments, generator)
@@ -203,7 +183,7 @@ def test_figures_are_those_of_the_rollouts(environments: Mapping[str, Environmen
     assert figures["share_truncated"] == 1
     assert figures["share_no_spread"] == 0.5
     assert figures["dropped_groups"] == 0
-    assert figures["environment/seconds"] > 0
+    assert collected.environment_seconds > 0
     assert scalars(merge([collected.metrics, collected.metrics]))["reward/std"] == figures["reward/std"]
 
 
