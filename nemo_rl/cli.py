@@ -9,6 +9,11 @@ from pathlib import Path
 from nemo_rl import __version__
 from nemo_rl.errors import NemoRLError
 
+_TRAINING = {
+    "grpo": "group relative policy optimisation",
+    "sft": "supervised fine-tuning",
+    "dpo": "preferences: DPO, IPO, SimPO, ORPO, KTO",
+}
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -29,9 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _explain(arguments.key)
         elif arguments.command == "migrate":
             _migrate(arguments.file)
+        elif arguments.command == "eval":
+            return _eval(arguments, [*arguments.overrides, *rest])
         else:
             command = [*_program(), *(sys.argv[1:] if argv is None else argv)]
-            return _grpo(arguments.config, [*arguments.overrides, *rest], command, dry_run=arguments.dry_run)
+            overrides = [*arguments.overrides, *rest]
+            return _train(arguments.command, arguments.config, overrides, command, dry_run=arguments.dry_run)
     except NemoRLError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -45,10 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    grpo = commands.add_parser("grpo", help="train with group relative policy optimisation")
-    grpo.add_argument("--config", metavar="FILE", help="YAML file or packaged recipe (default: the CPU recipe)")
-    grpo.add_argument("--dry-run", action="store_true", help="show configuration, batch and memory plan, run nothing")
-    grpo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top, e.g. grpo.seed=7, ~grpo.seed")
+    for name, what in _TRAINING.items():
+        train = commands.add_parser(name, help=f"train with {what}")
+        train.add_argument("--config", metavar="FILE", help="YAML file or packaged recipe (default: the CPU recipe)")
+        train.add_argument("--dry-run", action="store_true", help="show configuration and plan, run nothing")
+        example = f"settings on top, e.g. {name}.seed=7, ~{name}.seed"
+        train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=example)
+
+    evaluate = commands.add_parser("eval", help="measure a model on a benchmark, or compare two such measurements")
+    evaluate.add_argument("--config", metavar="FILE", help="YAML file or packaged recipe (default: the CPU recipe)")
+    evaluate.add_argument("--dry-run", action="store_true", help="show configuration and plan, run nothing")
+    evaluate.add_argument("--compare", nargs=2, metavar="FOLDER", help="compare the results in two folders")
+    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top, e.g. eval.seed=7")
 
     explain = commands.add_parser("explain", help="type, default and documentation of a setting or section")
     explain.add_argument("key", nargs="?", default="", metavar="KEY", help="e.g. policy.generation.temperature")
@@ -64,20 +80,45 @@ def _program() -> list[str]:
     return [str(script)] if script.is_file() else [sys.executable, "-m", "nemo_rl.cli"]
 
 
-def _grpo(config_file: str | None, overrides: Sequence[str], command: Sequence[str], *, dry_run: bool) -> int:
+def _train(
+    algorithm: str, config_file: str | None, overrides: Sequence[str], command: Sequence[str], *, dry_run: bool
+) -> int:
     from nemo_rl.config.load import dump_config, load_config
-    from nemo_rl.config.schema.algorithms import GRPOConfig
+    from nemo_rl.config.schema.registry import RUNS
 
-    loaded = load_config(config_file, overrides, GRPOConfig)
+    loaded = load_config(config_file, overrides, RUNS[algorithm])
     _tell(loaded.notes)
     if dry_run:
         from nemo_rl.config.plan import render_plan
 
         sys.stdout.write(f"{dump_config(loaded.config)}\n{render_plan(loaded.config)}\n")
         return 0
-    from nemo_rl.algorithms.launch import launch_grpo
+    from nemo_rl.algorithms.launchers import launch
 
-    return _INTERRUPTED if launch_grpo(loaded, command).interrupted else 0
+    return _INTERRUPTED if launch(loaded, command).interrupted else 0
+
+
+def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if arguments.compare:
+        from nemo_rl.algorithms.samples import compare, render_comparison
+
+        first, second = arguments.compare
+        sys.stdout.write(f"{render_comparison(compare(Path(first), Path(second)), first, second)}\n")
+        return 0
+    from nemo_rl.config.load import dump_config, load_config
+    from nemo_rl.config.schema.evaluation import EvalConfig
+
+    loaded = load_config(arguments.config, overrides, EvalConfig)
+    _tell(loaded.notes)
+    if arguments.dry_run:
+        from nemo_rl.config.eval_plan import render_eval_plan
+
+        sys.stdout.write(f"{dump_config(loaded.config)}\n{render_eval_plan(loaded.config)}\n")
+        return 0
+    from nemo_rl.algorithms.evaluate import launch_eval
+
+    sys.stdout.write(f"{launch_eval(loaded).block}\n")
+    return 0
 
 
 def _explain(key: str) -> None:

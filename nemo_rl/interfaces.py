@@ -35,6 +35,10 @@ class TrainingBackend(Protocol):
         """One optimizer step on the whole batch."""
         ...
 
+    def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """The loss of a batch and its metrics; no weight changes."""
+        ...
+
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
         ...

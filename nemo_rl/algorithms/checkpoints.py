@@ -186,7 +186,7 @@ class Checkpoints:
         known = [figure.replace("/", ":", 1) for figure in self.info(step).metrics]
         if close := difflib.get_close_matches(name, known, n=1):
             return f"did you mean {close[0]}?"
-        return "val:NAME needs a validation (grpo.val_period), train:NAME is any of metrics.jsonl"
+        return "val:NAME needs a validation (val_period), train:NAME is any of metrics.jsonl"
 
     def _rank(self, step: int) -> float:
         name = (self._config.metric_name or "").replace(":", "/", 1)

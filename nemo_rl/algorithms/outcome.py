@@ -2,15 +2,13 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl.algorithms.run import Run
-from nemo_rl.algorithms.sampling import RolloutSource
 from nemo_rl.atomic import atomic_folder
-from nemo_rl.config.schema.algorithms import GRPOConfig
-from nemo_rl.data.types import Task
+from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.distributed.memory import peak_memory_bytes
 from nemo_rl.observe.sinks import log_folder
 from nemo_rl.observe.summary import PhaseTimer, Summary, phase_line, write_summary
@@ -58,22 +56,31 @@ def earlier_outcome(folder: Path, step: int) -> Outcome | None:
 
 
 def finish(
-    config: GRPOConfig,
+    config: RunConfig,
     run: Run,
     policy: Policy,
-    source: RolloutSource,
-    test: Sequence[Task],
     timer: PhaseTimer,
     *,
+    score: Callable[[], Mapping[str, float]] | None = None,
     first_step: int,
     command: Sequence[str],
 ) -> Outcome:
-    """Measure, export, write `summary.json` and say in the last lines what happened and what to do next."""
+    """Measure, export, write `summary.json` and say in the last lines what happened and what to do next.
+
+    Args:
+        config: of the run.
+        run: whose loop has ended.
+        policy: to be exported.
+        timer: of the run.
+        score: measures `accuracy` and `reward` on the test set, if there is one.
+        first_step: the steps that earlier starts of the run had done.
+        command: what started this.
+    """
     finished = run.finished and not run.interrupted
     before, after = run.info.before, dict[str, float]()
-    if test and finished:
+    if score is not None and finished:
         with run.phase("evaluate"):
-            after = source.score(test)
+            after = dict(score())
         for name, value in after.items():
             run.log_outcome(f"after/test/{name}", value)
     export = run.checkpoints.folder / "hf"
@@ -89,9 +96,9 @@ def finish(
         steps=run.step,
         seconds_total=timer.total,
         seconds_by_phase=timer.seconds,
-        tokens_per_second=run.tokens_sampled / loop_seconds if loop_seconds else 0.0,
+        tokens_per_second=run.num_tokens / loop_seconds if loop_seconds else 0.0,
         peak_memory_bytes=max(peak_memory_bytes(), policy.peak_memory_bytes()),
-        seed=config.grpo.seed,
+        seed=config.loop.seed,
         extra={"first_step": first_step, "model": config.policy.model_name, "finished": finished},
     )
     write_summary(run.checkpoints.folder / _SUMMARY, summary)
@@ -103,33 +110,35 @@ def finish(
     return Outcome(run.checkpoints.folder, run.step, finished, run.interrupted and not finished, **scores)
 
 
-def _rows(
-    config: GRPOConfig, run: Run, summary: Summary, export: Path | None, command: Sequence[str]
-) -> dict[str, str]:
+def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, command: Sequence[str]) -> dict[str, str]:
     folder = run.checkpoints.folder
     logs = log_folder(config.logger, folder)
     curves = f"  (curves: tensorboard --logdir {_from_here(logs)})" if config.logger.tensorboard_enabled else ""
     rows = {
-        "steps": f"{run.step} of {config.grpo.max_num_steps}",
+        "steps": f"{run.step} of {config.loop.max_num_steps}",
         "time": phase_line(summary.seconds_by_phase, summary.seconds_total),
         "metrics": f"{_from_here(logs / 'metrics.jsonl')}{curves}",
-        "rollouts": _from_here(folder / "rollouts"),
     }
+    if (loss := run.info.metrics.get("val/loss")) is not None:
+        rows["validation loss"] = f"{loss:.3f}"
+    if (folder / "rollouts").exists():
+        rows["rollouts"] = _from_here(folder / "rollouts")
     if config.checkpointing.enabled and run.saved_step:
         rows["checkpoint"] = _from_here(run.checkpoints.path(run.saved_step))
     if export is not None and config.checkpointing.export_hf:
         rows["model"] = f"{_from_here(export)}  (loads with transformers.AutoModelForCausalLM)"
     if config.checkpointing.enabled:
-        given = command or ("nemo-rl", "grpo", "--config", _from_here(folder / "config.yaml"))
+        given = command or ("nemo-rl", config.algorithm, "--config", _from_here(folder / "config.yaml"))
         rows["to continue"] = _continuation(given, {} if export is None else _next_limits(config, run))
     return rows
 
 
-def _next_limits(config: GRPOConfig, run: Run) -> dict[str, int]:
+def _next_limits(config: RunConfig, run: Run) -> dict[str, int]:
     """Twice the limits that ended a finished run, by their keys."""
-    limits = {"grpo.max_num_steps": (run.step, config.grpo.max_num_steps)}
-    if config.grpo.max_num_epochs is not None:
-        limits["grpo.max_num_epochs"] = (run.info.epochs, config.grpo.max_num_epochs)
+    section, loop = config.algorithm, config.loop
+    limits = {f"{section}.max_num_steps": (run.step, loop.max_num_steps)}
+    if loop.max_num_epochs is not None:
+        limits[f"{section}.max_num_epochs"] = (run.info.epochs, loop.max_num_epochs)
     return {key: 2 * done for key, (done, limit) in limits.items() if done >= limit}
 
 

@@ -10,8 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 from nemo_rl.algorithms.checkpoints import Checkpoints, Positioned, Stateful, TrainingInfo
-from nemo_rl.config.schema.algorithms import GRPOConfig
-from nemo_rl.data.loader import TaskLoader
+from nemo_rl.config.schema.run import LoopConfig, RunConfig
 from nemo_rl.data.types import RolloutGroup
 from nemo_rl.errors import CheckpointError
 from nemo_rl.metrics import Metrics, Sum, prefixed, scalars
@@ -21,6 +20,24 @@ from nemo_rl.observe.summary import PhaseTimer
 from nemo_rl.rollouts.collect import Collected
 
 type Validate = Callable[[], tuple[Metrics, list[RolloutGroup]]]
+"""Figures of the validation set, and the answers they were measured on if there are any."""
+
+
+class Records(Positioned, Protocol):
+    """Counts whole passes over the data."""
+
+    @property
+    def epoch(self) -> int: ...
+
+
+_SHOWN = {
+    "train/reward/mean": "reward",
+    "train/environment/accuracy": "accuracy",
+    "train/nll": "loss",
+    "train/preference_loss": "loss",
+    "train/accuracy": "accuracy",
+}
+"""What a person looks at while a run is going on, by its name in the records."""
 
 
 class Trainable(Stateful, Protocol):
@@ -57,7 +74,7 @@ class Run:
 
     def __init__(
         self,
-        config: GRPOConfig,
+        config: RunConfig,
         *,
         checkpoints: Checkpoints,
         logger: RunLogger,
@@ -80,7 +97,7 @@ class Run:
         self.info = info
         self.interrupted = False
         self.finished = False
-        self.tokens_sampled = 0.0
+        self.num_tokens = 0.0
         self.saved_step = info.step
         self.step = info.step
 
@@ -126,7 +143,12 @@ class Run:
         with suppress(RuntimeError):  # Python forbids a write within a write to the same stream
             self.console.note("stopping: the step at hand is finished and saved first; Ctrl-C again stops at once")
 
-    def steps(self, loader: TaskLoader) -> Iterator[int]:
+    def begin(self, validate: Validate) -> None:
+        """Validate before the first step, where the configuration asks for it."""
+        if self.step == 0 and self._config.loop.val_at_start:
+            self.validate(0, validate)
+
+    def steps(self, loader: Records) -> Iterator[int]:
         """Count the steps still to do, from 1; ends when steps, epochs or time are used up, or on Ctrl-C."""
         self._step_began = time.monotonic()
         self.console.begin_steps()
@@ -137,9 +159,9 @@ class Run:
             yield self.step + 1
             self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
 
-    def _decide(self, loader: TaskLoader) -> None:
+    def _decide(self, loader: Records) -> None:
         """Settle whether another step follows; only before a step is saved, so that the last one always is."""
-        self.finished = is_used_up(self._config, self.step, loader.epoch)
+        self.finished = is_used_up(self._config.loop, self.step, loader.epoch)
         longest_step = max(self._longest_step, time.monotonic() - self._step_began)
         out_of_time = self._deadline is not None and self._timer.total + longest_step > self._deadline
         self._ending = self.finished or out_of_time or self.interrupted
@@ -150,36 +172,39 @@ class Run:
         with self._timer.phase(name), self.console.phase(name):
             yield
 
-    def end_step(self, step: int, metrics: Metrics, collected: Collected, advantages: Sequence[float]) -> None:
-        """Log the figures and rollouts of a step and show them."""
+    def end_step(
+        self, step: int, metrics: Metrics, collected: Collected | None = None, advantages: Sequence[float] = ()
+    ) -> None:
+        """Log and show the figures of a step, and its rollouts if it has any."""
         self.step, self._unsaved = step, None
         elapsed = time.monotonic() - self._step_began
         seconds = {name: total - self._before_step.get(name, 0.0) for name, total in self._timer.seconds.items()}
-        sampled = metrics["train/tokens_sampled"].value
-        self.tokens_sampled += sampled
+        num_tokens = metrics["train/tokens" if collected is None else "train/tokens_sampled"].value
+        self.num_tokens += num_tokens
         timing: Metrics = {f"timing/{name}_seconds": Sum(value) for name, value in seconds.items() if value > 0}
-        timing["timing/environment_seconds"] = Sum(collected.environment_seconds)
+        if collected is not None:
+            timing["timing/environment_seconds"] = Sum(collected.environment_seconds)
         timing["timing/step_seconds"] = Sum(elapsed)
-        timing["timing/tokens_per_second"] = Sum(sampled / elapsed)
+        timing["timing/tokens_per_second"] = Sum(num_tokens / elapsed)
         worked_on = {"generate": "train/tokens_sampled", "logprobs": "train/tokens", "train": "train/tokens"}
         for phase, tokens in worked_on.items():
             if tokens in metrics and seconds.get(phase):
                 timing[f"timing/{phase}_tokens_per_second"] = Sum(metrics[tokens].value / seconds[phase])
         self._logger.log(step, metrics | timing)
-        self._logger.log_rollouts(step, collected.groups, advantages)
+        if collected is not None:
+            self._logger.log_rollouts(step, collected.groups, advantages)
         figures = scalars(metrics)
         self.info = replace(self.info, step=step, metrics=figures)
         self.console.step(
             step,
-            reward=figures["train/reward/mean"],
-            accuracy=figures.get("train/environment/accuracy"),
-            tokens_per_second=sampled / elapsed,
-            sample=_sample(collected.groups[0]),
+            figures={label: figures[name] for name, label in _SHOWN.items() if name in figures},
+            tokens_per_second=num_tokens / elapsed,
+            sample=None if collected is None else _sample(collected.groups[0]),
         )
 
-    def keep(self, step: int, policy: Trainable, loader: TaskLoader, *, validate: Validate) -> None:
+    def keep(self, step: int, policy: Trainable, loader: Records, *, validate: Validate) -> None:
         """Validate and save after a step, where the configuration or the end of the run asks for it."""
-        limits, saving = self._config.grpo, self._config.checkpointing
+        limits, saving = self._config.loop, self._config.checkpointing
         self._decide(loader)
         self.info = replace(self.info, epochs=loader.epoch)
         if saving.enabled:
@@ -198,8 +223,9 @@ class Run:
         named = prefixed("val", metrics)
         self._logger.log(step, named)
         self.info = replace(self.info, metrics={**self.info.metrics, **scalars(named)})
-        accuracy = scalars(named).get("val/accuracy")
-        self.console.note(f"step {step}: validation accuracy {'unknown' if accuracy is None else f'{accuracy:.3f}'}")
+        known = {name: metrics[name].value for name in ("loss", "accuracy") if name in metrics}
+        told = ", ".join(f"{name} {value:.3f}" for name, value in known.items())
+        self.console.note(f"step {step}: validation {told or 'accuracy unknown'}")
         for group in groups[: self._config.logger.num_val_samples_to_print]:
             sample = _sample(group)
             self.console.note(f"  {sample.problem!r} -> {sample.reply!r} (reward {sample.reward:g})")
@@ -209,9 +235,8 @@ class Run:
         self._logger.log(self.step, {name: Sum(value)})
 
 
-def is_used_up(config: GRPOConfig, steps: int, epochs: int) -> bool:
+def is_used_up(limits: LoopConfig, steps: int, epochs: int) -> bool:
     """Whether a run that has done so many steps and whole epochs is at its end."""
-    limits = config.grpo
     return steps >= limits.max_num_steps or (limits.max_num_epochs is not None and epochs >= limits.max_num_epochs)
 
 

@@ -63,7 +63,7 @@ def _with_defaults(root: type[BaseModel], key: Key, section: type[BaseModel], va
         )
         if chosen is None or is_collection(info.annotation):
             if name not in values and info.default is not PydanticUndefined:
-                complete[name] = info.default
+                complete[name] = sorted(info.default) if isinstance(info.default, frozenset) else info.default
         elif isinstance(value, dict) and (name in values or isinstance(info.default, BaseModel)):
             complete[name] = _with_defaults(root, inner, chosen, value)
     return complete

@@ -15,8 +15,7 @@ from nemo_rl.config.fields import fields_at, nearest
 from nemo_rl.config.interpolation import interpolate
 from nemo_rl.config.nemo.translate import translate
 from nemo_rl.config.overrides import apply_overrides
-from nemo_rl.config.schema.algorithms import GRPOConfig
-from nemo_rl.config.schema.base import Section
+from nemo_rl.config.schema.base import CommandConfig, Section
 from nemo_rl.config.sources import Dumper, Key, Tree, read_tree
 from nemo_rl.errors import ConfigError
 
@@ -38,7 +37,7 @@ class LoadedConfig[C: Section]:
     notes: tuple[str, ...] = ()
 
 
-def load_config[C: GRPOConfig](path: str | Path | None, overrides: Sequence[str], kind: type[C]) -> LoadedConfig[C]:
+def load_config[C: CommandConfig](path: str | Path | None, overrides: Sequence[str], kind: type[C]) -> LoadedConfig[C]:
     """Read, merge, override, interpolate, translate from NeMo RL's keys and validate a configuration.
 
     Args:

@@ -6,17 +6,23 @@ from nemo_rl.config.model_shapes import ModelShape, model_shape
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.generation import HFGenerationConfig
 from nemo_rl.config.schema.policy import OptimizerConfig
+from nemo_rl.config.schema.preference import DPOConfig
+from nemo_rl.config.schema.run import RunConfig
 
 type Rows = list[tuple[str, str]]
 
 _FLOAT32 = 4
 
 
-def render_plan(config: GRPOConfig) -> str:
+def render_plan(config: RunConfig) -> str:
     """The batch plan and the memory estimate as text."""
     shape = model_shape(config.policy.model_name)
+    if isinstance(config, GRPOConfig):
+        batch = ("batch plan, with prompts and answers of full length", batch_rows(config))
+    else:
+        batch = ("batch plan", example_rows(config))
     parts = [
-        ("batch plan, with prompts and answers of full length", batch_rows(config)),
+        batch,
         ("memory estimate", memory_rows(config, shape)),
     ]
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {name:<26}{text}" for name, text in rows) for title, rows in parts)
@@ -83,7 +89,18 @@ def batch_rows(config: GRPOConfig) -> Rows:
     ]
 
 
-def memory_rows(config: GRPOConfig, shape: ModelShape | None) -> Rows:
+def example_rows(config: RunConfig) -> Rows:
+    """The sizes of one step of a run that learns from given answers, as text."""
+    policy, loop = config.policy, config.loop
+    return [
+        ("steps", f"{loop.max_num_steps:,}"),
+        ("records per step", f"{policy.train_global_batch_size:,} in one optimizer step"),
+        ("micro-batches", f"of up to {policy.train_mb_tokens:,} tokens, as they fit"),
+        ("placement", _placement(config)),
+    ]
+
+
+def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
     """Bytes by part, for one copy of the model, as text; an estimate for people, not a limit."""
     policy = config.policy
     if shape is None:
@@ -92,8 +109,8 @@ def memory_rows(config: GRPOConfig, shape: ModelShape | None) -> Rows:
     rows = [("model", f"{policy.model_name}: {shape.parameters:,} parameters, {policy.precision}")]
     rows += [(name, size(count)) for name, count in parts.items()]
     rows.append(("sum", size(sum(parts.values()))))
-    if not isinstance(policy.generation, HFGenerationConfig):
-        engine = policy.generation.vllm_cfg
+    if isinstance(config, GRPOConfig) and not isinstance(config.policy.generation, HFGenerationConfig):
+        engine = config.policy.generation.vllm_cfg
         length = engine.max_model_len or policy.max_total_sequence_length
         graphs = "without" if engine.enforce_eager else "with"
         text = (
@@ -103,23 +120,25 @@ def memory_rows(config: GRPOConfig, shape: ModelShape | None) -> Rows:
     return rows
 
 
-def memory_bytes(config: GRPOConfig, shape: ModelShape) -> dict[str, int]:
+def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     """Bytes by part of one copy that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
-    policy, plan, parameters = config.policy, batch_plan(config), shape.parameters
+    policy, parameters = config.policy, shape.parameters
+    largest = batch_plan(config).largest if isinstance(config, GRPOConfig) else policy.train_mb_tokens
     stored = 2 if policy.precision == "bfloat16" else _FLOAT32
     computed = _FLOAT32 if policy.precision == "float32" else 2
     parts = {
         "weights": stored * parameters,
-        "reference weights": stored * parameters if config.loss_fn.reference_policy_kl_penalty else 0,
+        "reference weights": stored * parameters if _has_reference(config) else 0,
         "master weights": _FLOAT32 * parameters if stored < _FLOAT32 else 0,
         "gradients": _FLOAT32 * parameters,
         "optimizer moments": _FLOAT32 * _moments(policy.optimizer) * parameters,
-        "activations": computed * plan.largest * shape.activation_elements_per_token,
+        "activations": computed * largest * shape.activation_elements_per_token,
         "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
     }
-    if isinstance(policy.generation, HFGenerationConfig):
-        sequences = min(policy.generation.max_batch_size, config.num_rollouts_per_step)
-        tokens = sequences * (config.max_prompt_tokens + policy.generation.max_new_tokens)
+    if isinstance(config, GRPOConfig) and isinstance(config.policy.generation, HFGenerationConfig):
+        generation = config.policy.generation
+        sequences = min(generation.max_batch_size, config.num_rollouts_per_step)
+        tokens = sequences * (config.max_prompt_tokens + generation.max_new_tokens)
         parts["KV cache"] = computed * tokens * shape.kv_elements_per_token
     return {name: count for name, count in parts.items() if count}
 
@@ -136,9 +155,23 @@ def _moments(optimizer: OptimizerConfig) -> int:
     return 2
 
 
-def _placement(config: GRPOConfig) -> str:
-    cluster, colocated = config.cluster, config.policy.generation.colocated
+def _has_reference(config: RunConfig) -> bool:
+    """Whether the starting weights are kept."""
+    match config:
+        case GRPOConfig():
+            return config.loss_fn.reference_policy_kl_penalty > 0
+        case DPOConfig():
+            return config.dpo.needs_reference
+        case _:
+            return False
+
+
+def _placement(config: RunConfig) -> str:
+    cluster = config.cluster
     gpus = f"{cluster.num_nodes} x {cluster.gpus_per_node} GPU(s)" if cluster.gpus_per_node else "no GPU asked for"
+    if not isinstance(config, GRPOConfig):
+        return f"{cluster.executor} executor, {gpus}"
+    colocated = config.policy.generation.colocated
     if colocated.enabled:
         return f"{cluster.executor} executor, {gpus}, generation shares them"
     nodes = f" on {colocated.resources.num_nodes} node(s) of its own" if colocated.resources.num_nodes else ""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+_PLACE = re.compile(r"(?<![A-Za-z])\{\}")  # not the braces of a LaTeX command such as \boxed{}
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 _PLACEHOLDER = re.compile(r"\[:(\d+):\]")
 _FIRST_WORD = re.compile(r"\s*\S*")
@@ -33,7 +34,7 @@ class PromptFormat:
         examples: worked examples as chat turns, put before the problem.
 
     Raises:
-        DataError: the template has not exactly one `{}`.
+        DataError: the template has not exactly one `{}` (the braces of a LaTeX command do not count).
     """
 
     prompt: str = "{}"
@@ -42,7 +43,7 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         """Refuse a template that would lose or repeat the problem."""
-        if (places := self.prompt.count("{}")) != 1:
+        if (places := len(_PLACE.findall(self.prompt))) != 1:
             raise DataError(
                 f"the prompt template {self.prompt!r} has {places} places '{{}}' for the problem; give it one"
             )
@@ -62,7 +63,7 @@ class PromptFormat:
             [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         )
         head, turns, last = messages[:has_system], messages[has_system:-1], messages[-1]
-        wrapped = Message(role=last["role"], content=self.prompt.replace("{}", last["content"]))
+        wrapped = Message(role=last["role"], content=_PLACE.sub(lambda _: last["content"], self.prompt))
         return (*system, *head, *self.examples, *turns, wrapped)
 
 

@@ -8,11 +8,13 @@ from typing import Any, Literal
 from nemo_rl.data.types import Message, Outcome
 from nemo_rl.environments.answers import Verdict, last_number, plain_number
 from nemo_rl.environments.base import last_reply
+from nemo_rl.environments.choices import chosen_letter
 from nemo_rl.environments.pool import ProcessPool
 from nemo_rl.errors import EnvironmentFailure, WorkerError
 
-type Extraction = Literal["math", "last_number"]
-"""`math`: the boxed, LaTeX or plain expression math-verify finds; `last_number`: the last number, compared exactly."""
+type Extraction = Literal["math", "last_number", "multiple_choice"]
+"""`math`: the boxed, LaTeX or plain expression math-verify finds; `last_number`: the last number, compared exactly;
+`multiple_choice`: the letter that the reply chooses."""
 
 type Reason = Literal["timed_out", "unparsable", "crashed"]
 """Why a reply got no verdict on its merits: too slow to check, no answer in it, or it broke the process checking it."""
@@ -40,7 +42,7 @@ class MathEnvironment:
         reward_correct: float = 1.0,
         reward_incorrect: float = 0.0,
     ) -> None:
-        """Start the worker processes in the background (`last_number` needs none).
+        """Start the worker processes in the background (only `math` needs them).
 
         Args:
             num_workers: replies checked at the same time.
@@ -68,6 +70,8 @@ class MathEnvironment:
             EnvironmentFailure: the task has no ground truth that can be read, or no worker process starts.
         """
         reply, gold = last_reply(messages), _ground_truth(extra)
+        if self._extraction == "multiple_choice":
+            return self._by_letter(reply, gold)
         if self._pool is None:
             return self._by_last_number(reply, gold)
         number, target = _boxed_or_bare_number(reply), plain_number(gold)
@@ -88,6 +92,13 @@ class MathEnvironment:
         if number is None:
             return self._outcome(False, "", gold, "unparsable")
         return self._outcome(number == target, str(number), gold)
+
+    def _by_letter(self, reply: str, gold: str) -> Outcome:
+        target = gold.strip()
+        if not re.fullmatch("[A-J]", target):
+            raise EnvironmentFailure(f"ground truth {gold[:80]!r} is no letter from A to J; set `extraction: math`")
+        letter = chosen_letter(reply)
+        return self._outcome(letter == target, letter or "", gold, "unparsable" if letter is None else None)
 
     async def _by_math_verify(self, pool: ProcessPool[Verdict], reply: str, gold: str) -> Outcome:
         try:

@@ -68,7 +68,7 @@ def pass_at_k(num_correct: Tensor, num_samples: Tensor | int, *, k: int) -> Tens
     _check_k(k, int(samples.min()) if len(samples) else k)
     wrong = (samples - num_correct).double()
     draws = torch.arange(k, dtype=torch.float64, device=wrong.device)
-    all_wrong = ((wrong[:, None] - draws) / (samples[:, None] - draws)).clamp(min=0)  # 0 once no wrong one is left
+    all_wrong = (wrong[:, None] - draws) / (samples[:, None] - draws)  # 0 at the draw that finds no wrong one left
     return 1 - all_wrong.prod(1)
 
 

@@ -116,18 +116,15 @@ class Console:
         self,
         step: int,
         *,
-        reward: float,
+        figures: Mapping[str, float],
         tokens_per_second: float,
-        accuracy: float | None = None,
         sample: Sample | None = None,
     ) -> None:
-        """Show that `step` steps are done, the latest figures and, when it is due, the sample."""
+        """Show that `step` steps are done, the latest figures by name and, when it is due, the sample."""
         now = self._clock()
         self._step_seconds.append(now - self._step_ended)
         self._step, self._step_ended = step, now
-        self._figures = [f"reward {reward:.2f}"]
-        if accuracy is not None:
-            self._figures.append(f"accuracy {accuracy:.2f}")
+        self._figures = [f"{name} {value:.2f}" for name, value in figures.items()]
         self._figures.append(f"{tokens_per_second:,.0f} tokens/s")
         if not self._interactive:
             self.note("  ".join([f"step {step}/{self._total_steps}", *self._figures, self._time_left()]).rstrip())

@@ -96,26 +96,37 @@ def train_step(
     """
     parts: list[Metrics] = []
     for micro_batch in scorer.cut(batch, max_tokens):
-        outputs, stream = scorer.score(micro_batch)
-        tokens = micro_batch.at(stream.token_index).to(scorer.device)
-        token_loss, metrics = objective(outputs, tokens)
-        loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise BackendError(f"the loss is {value}; lower the learning rate or look at the rollouts of this step")
+        loss, metrics = _loss(scorer, micro_batch, objective)
+        if not math.isfinite(metrics["loss"].value):
+            raise BackendError(
+                f"the loss is {metrics['loss'].value}; lower the learning rate or look at the rollouts of this step"
+            )
         loss.backward()
-        parts.append(
-            {
-                **metrics,
-                "loss": Sum(value),
-                "tokens_computed": Sum(len(stream.input_ids)),
-                "loss_tokens": Sum(len(stream.target)),
-                "micro_batches": Sum(1),
-            }
-        )
+        parts.append(metrics)
     if not parts:
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
     return merge([*parts, update(), {"tokens": Sum(batch.num_tokens), "largest_micro_batch": _largest(parts)}])
+
+
+def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
+    """The objective's metrics and the loss of a batch, cut as in training; no gradient."""
+    with torch.no_grad():
+        return merge(_loss(scorer, micro_batch, objective)[1] for micro_batch in scorer.cut(batch, max_tokens))
+
+
+def _loss(scorer: Scorer, micro_batch: TokenBatch, objective: Objective) -> tuple[Tensor, Metrics]:
+    """The loss of a micro-batch, a part of that of the batch, and its metrics."""
+    outputs, stream = scorer.score(micro_batch)
+    tokens = micro_batch.at(stream.token_index).to(scorer.device)
+    token_loss, metrics = objective(outputs, tokens)
+    loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
+    counted: Metrics = {
+        "loss": Sum(loss.item()),
+        "tokens_computed": Sum(len(stream.input_ids)),
+        "loss_tokens": Sum(len(stream.target)),
+        "micro_batches": Sum(1),
+    }
+    return loss, metrics | counted
 
 
 def _largest(parts: list[Metrics]) -> Max:

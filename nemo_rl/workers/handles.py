@@ -24,6 +24,10 @@ class Policy:
         """One optimizer step on the whole batch."""
         return self._worker.call("train", batch, objective).result()
 
+    def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """The loss of a batch and its metrics; no weight changes."""
+        return self._worker.call("evaluate", batch, objective).result()
+
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N], of the loss tokens under the current weights (within `reference`, under the frozen ones)."""
         return self._worker.call(self._logprobs, batch).result()

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import nemo_rl.algorithms.launch as launching
+import nemo_rl.algorithms.start as starting
 from nemo_rl.algorithms.grpo import grpo_objective
-from nemo_rl.algorithms.launch import Problems, load_problems, rollout_source, sampling_params, worker_policy
+from nemo_rl.algorithms.launch import Problems, load_problems, rollout_source, sampling_params
 from nemo_rl.algorithms.sampling import RolloutSource
+from nemo_rl.algorithms.start import worker_policy
 from nemo_rl.config.load import load_config
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.data.types import Completion, GenerationRequest
@@ -262,7 +263,7 @@ def test_a_run_starts_its_worker_and_console_as_asked(
     load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path / "tokenizer")
     template = "{% for message in messages %}<<{{ message.content }}>>{% endfor %}"
     started = Started()
-    monkeypatch.setattr(launching, "make_executor", started.make)
+    monkeypatch.setattr(starting, "make_executor", started.make)
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = (
         "policy.tokenizer.name='~/tokenizer'",

@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeAliasType, get_args, get_origin
+from typing import Literal, TypeAliasType, get_args, get_origin, get_type_hints
 
 import pytest
 from pydantic import BaseModel
@@ -58,6 +58,8 @@ class Reads(ast.NodeVisitor):
         match node:
             case ast.arg(arg=name, annotation=ast.AST() as annotation):
                 self._hold(ast.Name(name), self._annotated(annotation))
+            case ast.TypeVar(name=name, bound=ast.AST() as bound):
+                self._hold(ast.Name(name), self._annotated(bound))
             case ast.AnnAssign():
                 self._hold(node.target, self._annotated(node.annotation))
             case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
@@ -80,11 +82,8 @@ class Reads(ast.NodeVisitor):
         """The sections that the value of an expression is, or holds."""
         match node:
             case ast.Attribute(value=base, attr=name):
-                inside = (
-                    sections(held.model_fields[name].annotation) if name in held.model_fields else (held,)
-                    for held in self._types(base)
-                )
-                return self._held.get(ast.unparse(node), set()).union(*inside)
+                inner = (inside(held, name) for held in self._types(base))
+                return self._held.get(ast.unparse(node), set()).union(*inner)
             case ast.Name(id=name):
                 return self._held.get(name, set())
             case ast.Call(func=part) | ast.Subscript(value=part):
@@ -103,7 +102,17 @@ class Reads(ast.NodeVisitor):
 
     def _annotated(self, annotation: ast.AST) -> Types:
         names = (part.id for part in ast.walk(annotation) if isinstance(part, ast.Name))
-        return set().union(*(NAMED.get(name, set()) for name in names))
+        return set().union(*(NAMED.get(name) or self._held.get(name, set()) for name in names))
+
+
+def inside(held: type[BaseModel], name: str) -> Types:
+    """The sections that an attribute of a section is: of its field, of its property, or else still the same."""
+    if name in held.model_fields:
+        return set(sections(held.model_fields[name].annotation))
+    found = getattr(held, name, None)
+    if isinstance(found, property):
+        return set(sections(get_type_hints(found.fget).get("return")))
+    return {held}
 
 
 def fields_read() -> set[str]:
@@ -146,6 +155,7 @@ def test_every_config_field_is_read_by_code_that_holds_its_section() -> None:
             "class A:\n    def __init__(self, c: GRPOLoopConfig): self._c = c\n    def f(self): return self._c.seed",
             True,
         ),
+        ("class A[C: GRPOConfig]:\n    def f(self, c: C): return c.loop.seed", True),
         ("def f(seed): return source.seed + config.grpo.seed", False),
         ("def f(config: GRPOConfig): return config.data.train.seed", False),
         ("def f(config: GRPOConfig): config.grpo.seed = 3", False),

@@ -12,6 +12,8 @@ from nemo_rl.config.load import LoadedConfig, load_config
 from nemo_rl.config.migrate import migrate
 from nemo_rl.config.nemo.translate import translate
 from nemo_rl.config.schema.algorithms import GRPOConfig, GRPOLoopConfig
+from nemo_rl.config.schema.data import DataConfig
+from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.sources import Tree, keys_of
 from nemo_rl.errors import ConfigError
 
@@ -42,7 +44,8 @@ def translated(values: dict[str, Any], algorithm: str = "grpo") -> tuple[dict[st
     return tree.values, notes
 
 
-def test_the_flat_form_means_the_same_here() -> None:
+def test_the_flat_form_means_the_same_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no file for the prompt
     loaded = load(FILES / "grpo_v03.yaml")
     config, policy = loaded.config, loaded.config.policy
     assert config.loss_fn.reduction == "token_mean"
@@ -71,13 +74,7 @@ def test_the_flat_form_means_the_same_here() -> None:
     ]
 
 
-OPEN_MATH = {
-    "environment": "math",
-    "name": "hub",
-    "path": "nvidia/OpenMathInstruct-2",
-    "prompt_key": "problem",
-    "answer_key": "expected_answer",
-}
+OPEN_MATH = {"environment": "math", "name": "OpenMathInstruct-2"}
 
 
 def test_the_form_by_split_means_the_same_here() -> None:
@@ -136,9 +133,11 @@ def test_what_is_clean_stays_as_it_is() -> None:
 def test_dpo_is_translated_with_its_report() -> None:
     clean, noted = migrated(FILES / "dpo.yaml")
     assert clean["dpo"]["max_val_samples"] == 8 * 16
+    assert clean["policy"]["train_mb_tokens"] == 2 * 2 * 1024
     assert clean["dpo"]["sft_average_log_probs"] is False
     assert "val_batches" not in clean["dpo"]
     assert clean["checkpointing"]["metric_name"] == "val:loss"
+    assert ExampleDataConfig.model_validate(clean["data"]).too_long == "skip"
     assert clean["data"]["train"] == {"name": "HelpSteer3", "split": "train"}
     assert clean["data"]["validation"] == {"name": "HelpSteer3", "split": "validation"}
     assert clean["policy"].keys().isdisjoint({"dtensor_cfg", "megatron_cfg", "dynamic_batching", "sequence_packing"})
@@ -154,6 +153,7 @@ def test_sft_is_translated_with_its_report() -> None:
     clean, noted = migrated(FILES / "sft.yaml")
     assert clean["policy"]["train_mb_tokens"] == 1024
     assert clean["policy"]["tokenizer"]["chat_template"].startswith("{% for message in messages %}")
+    assert ExampleDataConfig.model_validate(clean["data"]).too_long == "skip"
     assert clean["data"]["train"] == {"name": "squad"}
     assert clean["data"]["validation"] == {"name": "squad", "split": "validation"}
     assert clean["logger"]["wandb"]["name"] == "sft-dev-squad"
@@ -171,10 +171,13 @@ def test_sft_is_translated_with_its_report() -> None:
 
 def test_rm_is_translated_with_its_report() -> None:
     clean, noted = migrated(FILES / "rm.yaml")
+    assert clean["policy"]["train_mb_tokens"] == 2 * 8192
     assert (clean["rm"]["max_num_steps"], clean["rm"]["max_val_samples"]) == (1_000_000, 1_000_000)
     assert clean["checkpointing"]["save_period"] == 16
     assert "message['content']" in clean["policy"]["tokenizer"]["chat_template"]
-    pairs = {"name": "local", "chosen_key": "better", "rejected_key": "worse"}
+    assert ExampleDataConfig.model_validate(clean["data"]).too_long == "skip"
+    layout = {"type": "pair", "chosen_key": "better", "rejected_key": "worse"}
+    pairs = {"name": "local", "format": layout}
     assert clean["data"]["train"] == {**pairs, "path": "pairs.jsonl"}
     assert clean["data"]["validation"] == {**pairs, "path": "held_out.jsonl"}
     assert noted == ["rm.val_micro_batch_size"]
@@ -188,8 +191,9 @@ def test_distillation_follows_merge_keys_and_relative_interpolation() -> None:
     assert (policy["train_mb_tokens"], policy["logprob_mb_tokens"]) == (8192, 2 * 8192)
     assert (teacher["train_mb_tokens"], teacher["logprob_mb_tokens"]) == (4096, 2 * 4096)
     assert clean["loss_fn"] == {"kl_type": "mixed", "mixed_kl_weight": 0.5, "zero_outside_topk": False}
-    assert clean["data"]["train"]["path"] == "agentica-org/DeepScaleR-Preview-Dataset"
-    assert clean["data"]["validation"]["path"] == "HuggingFaceH4/aime_2024"
+    assert clean["data"]["train"] == {"name": "DeepScaler", "environment": "math"}
+    repeated = clean["data"]["validation"]
+    assert (repeated["repeat"], repeated["datasets"][0]["data"]["path"]) == (16, "HuggingFaceH4/aime_2024")
     assert clean["logger"]["wandb"]["name"] == "DeepScaler-Qwen/Qwen3-4B-mixed"
     assert len(set(noted)) == len(noted)
     assert {"teacher.generation", "teacher.dtensor_cfg.cpu_offload", "logger.swanlab_enabled"} <= set(noted)
@@ -223,7 +227,7 @@ def test_eval_is_translated_with_its_report() -> None:
         ("policy.generation.vllm_kwargs={max_num_seqs: 8}", "takes what vllm_cfg names"),
         ("data.dataset_name=no_such_set", "write data.train={name: hub"),
         ("data.processor=my_processor", "data.train={name: custom}"),
-        ("+data.train=[{dataset_name: DeepScaler}]", "one data set"),
+        ("+data.train=[{dataset_name: DeepScaler}]", "write one section into data.train"),
         ("+env.code={num_workers: 2}", "{type: function, path: 'module:function'}"),
     ],
 )
@@ -264,8 +268,9 @@ def test_overrides_may_use_either_name_and_the_new_one_wins() -> None:
     loaded = load(FILES / "grpo_v03.yaml", "policy.train_micro_batch_size=2", "loss_fn.token_level_loss=false")
     assert loaded.config.policy.train_mb_tokens == 2 * 512
     assert loaded.config.loss_fn.reduction == "sequence_mean"
-    config = load(FILES / "grpo_v03.yaml", "policy.train_mb_tokens=99", "policy.train_micro_batch_size=2").config
-    assert config.policy.train_mb_tokens == 99
+    assert load(FILES / "grpo_v03.yaml", "policy.train_mb_tokens=99").config.policy.train_mb_tokens == 99
+    policy = {"train_mb_tokens": 99, "train_micro_batch_size": 2, "max_total_sequence_length": 8}
+    assert translated({"policy": policy})[0]["policy"]["train_mb_tokens"] == 99
     local = load(
         FILES / "grpo_v05.yaml", "data.train={name: local, path: a.jsonl}", "data.validation={dataset_name: AIME2024}"
     )
@@ -295,45 +300,29 @@ def test_another_algorithm_is_sent_to_its_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("val_reward", "val:accuracy"),
-        ("val:reward", "val:accuracy"),
-        ("val_loss", "val:loss"),
-        ("val:val_loss", "val:loss"),
-        ("train_loss", "train:loss"),
-        ("validation-default_loss", "val:loss"),
-        ("val:validation-my_set_accuracy", "val:accuracy"),
-        ("val:accuracy", "val:accuracy"),
-        (None, None),
-    ],
-)
-def test_names_of_metrics_of_all_versions_are_understood(old: str | None, new: str | None) -> None:
-    values = {"checkpointing": {"metric_name": old, "save_optimizer": True}}
-    assert translated(values)[0] == {"checkpointing": {"metric_name": new}}
-
-
-@pytest.mark.parametrize(
-    ("data", "clean"),
+    ("algorithm", "data", "clean"),
     [
         (
+            "grpo",
             {"dataset_name": "ResponseDataset", "train_data_path": "a.jsonl", "input_key": "question"},
             {"train": {"name": "local", "path": "a.jsonl", "prompt_key": "question", "answer_key": "output"}},
         ),
         (
+            "grpo",
             {"train": {"data_path": "org/set", "split": "test", "env_name": "math"}, "default": {"output_key": "gold"}},
             {
                 "train": {
                     "name": "hub",
                     "path": "org/set",
+                    "split": "test",
                     "prompt_key": "input",
                     "answer_key": "gold",
-                    "split": "test",
                     "environment": "math",
                 }
             },
         ),
         (
+            "grpo",
             {"train": {"data_path": "a.csv", "prompt_file": "mine.txt", "system_prompt_file": "s.txt"}},
             {
                 "train": {"name": "local", "path": "a.csv", "prompt_key": "input", "answer_key": "output"},
@@ -342,17 +331,45 @@ def test_names_of_metrics_of_all_versions_are_understood(old: str | None, new: s
             },
         ),
         (
+            "dpo",
             {"dataset_name": "Tulu3Preference"},
+            {"train": {"name": "tulu3_preference"}, "split_validation_size": 0.05},
+        ),
+        (
+            "dpo",
+            {"dataset_name": "PreferenceDataset", "train_data_path": "a.jsonl"},
+            {"train": {"name": "local", "path": "a.jsonl", "format": {"type": "ranking"}}},
+        ),
+        (
+            "sft",
+            {"dataset_name": "openai_format", "train_data_path": "org/set", "chat_key": "turns", "train_split": "all"},
             {
-                "train": {"name": "tulu3_preference", "split": "train[5%:]"},
-                "validation": {"name": "tulu3_preference", "split": "train[:5%]"},
+                "train": {
+                    "name": "hub",
+                    "path": "org/set",
+                    "split": "all",
+                    "format": {"type": "messages", "messages_key": "turns"},
+                }
+            },
+        ),
+        (
+            "sft",
+            {"train": {"data_path": "a.jsonl", "split_validation_size": 0.1}, "default": {"output_key": "reply"}},
+            {
+                "train": {
+                    "name": "local",
+                    "path": "a.jsonl",
+                    "format": {"type": "completion", "prompt_key": "input", "completion_key": "reply"},
+                },
+                "split_validation_size": 0.1,
             },
         ),
     ],
 )
-def test_both_forms_of_data_are_understood(data: dict[str, Any], clean: dict[str, Any]) -> None:
-    values = {"data": data, "grpo": {"batch_multiplier": 1}}
-    assert translated(values)[0] == {"data": clean}
+def test_both_forms_of_data_are_understood(algorithm: str, data: dict[str, Any], clean: dict[str, Any]) -> None:
+    assert translated({"data": data, "cluster": {"segment_size": None}}, algorithm)[0] == {"data": clean}
+    kind = DataConfig if algorithm == "grpo" else ExampleDataConfig
+    kind.model_validate(clean)
 
 
 def test_a_template_file_of_the_users_stays_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

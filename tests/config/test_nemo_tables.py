@@ -13,6 +13,27 @@ from nemo_rl.config.sources import Tree, keys_of
 from nemo_rl.errors import ConfigError
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("val_reward", "val:accuracy"),
+        ("val:reward", "val:accuracy"),
+        ("val_loss", "val:loss"),
+        ("val:val_loss", "val:loss"),
+        ("train_loss", "train:loss"),
+        ("validation-default_loss", "val:loss"),
+        ("val:validation-my_set_accuracy", "val:accuracy"),
+        ("val:accuracy", "val:accuracy"),
+        (None, None),
+    ],
+)
+def test_names_of_metrics_of_all_versions_are_understood(old: str | None, new: str | None) -> None:
+    values = {"checkpointing": {"metric_name": old, "save_optimizer": True}}
+    tree = Tree(values)
+    translate(tree, GRPOConfig)
+    assert tree.values == {"checkpointing": {"metric_name": new}}
+
+
 def sentences() -> Iterator[tuple[str, str]]:
     def of(action: Action | None) -> Iterator[str]:
         match action:

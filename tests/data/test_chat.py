@@ -124,3 +124,8 @@ def test_a_processor_adds_tokens_and_holds_prompts_to_the_limit() -> None:
     with pytest.raises(DataError, match=rf"task 17 has {length} tokens.*max_input_seq_length is {length - 1}"):
         short(task)
     assert TaskProcessor(smollm(), max_input_length=5, too_long="skip")(task) is None
+
+
+def test_the_braces_of_a_latex_command_are_no_place_for_the_problem() -> None:
+    form = PromptFormat(prompt=r"{} Put the answer in \boxed{}.")
+    assert form.apply([Message(role="user", content=r"\1?")])[-1]["content"] == r"\1? Put the answer in \boxed{}."

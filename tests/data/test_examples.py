@@ -108,7 +108,7 @@ def test_examples_side_by_side_are_judged_all_or_none() -> None:
 
 def test_mismatched_prompts_get_the_next_answer() -> None:
     chats = [Chat(({"role": "user", "content": ask}, {"role": "assistant", "content": say})) for ask, say in
-             [("One?", "Uno."), ("Two?", "Dos, and more."), ("Three?", "Tres.")]]  # fmt: skip
+             [("One?", "Uno."), ("And then, after that one?", "Dos, and more."), ("Three?", "Tres.")]]  # fmt: skip
     examples = [replace(example(chat), desirable=True) for chat in chats]
     crossed = mismatched(examples)
     assert [words(item) for item in crossed] == ["Dos, and more.<|im_end|>", "Tres.<|im_end|>", "Uno.<|im_end|>"]

@@ -86,12 +86,14 @@ def test_gspo_loss_is_the_papers_on_whole_sequences() -> None:
 
 
 def test_the_losses_worked_out_by_hand() -> None:
-    """Ratios .5, 1, 1.5 with advantages 1, -1, 2 at lp = log ratio - 1, bounds .2."""
+    """Ratios .5, 1, 1.5 with advantages 1, -1, 2 at lp = log ratio - 1, bounds .4 and .3."""
     policy = (torch.tensor([0.5, 1.0, 1.5]).log() - 1).requires_grad_()
     cu_seqlens = torch.tensor([0, 3])
     tokens = tokens_of(cu_seqlens, old_logprobs=torch.full((3,), -1.0), advantages=torch.tensor([1.0, -1, 2]))
-    for kind, weight in (("cispo", [0.8, 1, 1.2]), ("reinforce", [1, 1, 1])):
-        loss, _ = ClippedPolicyObjective(policy_loss=kind)(outputs(policy), tokens)
+    for kind, weight in (("cispo", [0.6, 1, 1.3]), ("reinforce", [1, 1, 1])):
+        loss, _ = ClippedPolicyObjective(policy_loss=kind, ratio_clip_min=0.4, ratio_clip_max=0.3)(
+            outputs(policy), tokens
+        )
         expected = torch.tensor(weight) * torch.tensor([-1.0, 1, -2])
         torch.testing.assert_close(torch.autograd.grad(loss.sum(), policy)[0], expected)
         torch.testing.assert_close(loss.detach(), expected * policy.detach())

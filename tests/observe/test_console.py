@@ -20,7 +20,9 @@ def show_a_run(console: Console) -> None:
             with console.phase("generate"):
                 pass
             sample = Sample("What is 2 + 3?", f"{'word ' * 40}[bold]5\x1b[2J", "5", 1.0)
-            console.step(step, reward=0.25 * step, accuracy=0.5, tokens_per_second=1234.0, sample=sample)
+            console.step(
+                step, figures={"reward": 0.25 * step, "accuracy": 0.5}, tokens_per_second=1234.0, sample=sample
+            )
         console.finish(
             accuracy_before=0.26,
             accuracy_after=0.925,
@@ -50,7 +52,7 @@ def test_in_a_pipe_each_step_is_one_plain_line() -> None:
     ticks = itertools.count(step=30.0)
     with Console(total_steps=40, first_step=10, stream=stream, clock=lambda: next(ticks)) as console:
         for step in (11, 12):
-            console.step(step, reward=0.625, accuracy=0.5, tokens_per_second=1234.4)
+            console.step(step, figures={"reward": 0.625, "accuracy": 0.5}, tokens_per_second=1234.4)
 
     assert stream.getvalue().splitlines() == [
         "step 11/40  reward 0.62  accuracy 0.50  1,234 tokens/s  14:30 left",
@@ -92,7 +94,7 @@ def test_live_lines_fit_the_width() -> None:
 def test_a_stream_that_cannot_encode_a_reply_does_not_end_the_run(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w", encoding="ascii") as stream:
         console = Console(total_steps=1, stream=stream)
-        console.step(1, reward=1.0, tokens_per_second=1.0, sample=Sample("2 + 3?", "五", "5", 1.0))
+        console.step(1, figures={"reward": 1.0}, tokens_per_second=1.0, sample=Sample("2 + 3?", "五", "5", 1.0))
         console.finish(accuracy_before=0.1, accuracy_after=0.9, rows={})
 
     assert "\\u4e94" in (tmp_path / "log").read_text()
@@ -103,7 +105,9 @@ def test_samples_come_after_the_first_step_and_every_period() -> None:
     stream = io.StringIO()
     with Console(total_steps=7, sample_period=3, stream=stream) as console:
         for step in range(1, 8):
-            console.step(step, reward=0.0, tokens_per_second=1.0, sample=Sample(f"problem {step}", "", "", 0.0))
+            console.step(
+                step, figures={"reward": 0.0}, tokens_per_second=1.0, sample=Sample(f"problem {step}", "", "", 0.0)
+            )
 
     assert re.findall(r"problem +problem (\d)", stream.getvalue()) == ["1", "3", "6"]
     assert stream.getvalue().count("(empty)") == 3
@@ -126,6 +130,6 @@ def test_what_came_before_the_first_step_is_not_in_the_time_left() -> None:
         now[0] = 500.0  # loading and evaluating
         console.begin_steps()
         now[0] = 510.0
-        console.step(1, reward=1.0, tokens_per_second=1.0)
+        console.step(1, figures={"reward": 1.0}, tokens_per_second=1.0)
 
     assert stream.getvalue().splitlines() == ["step 1/3  reward 1.00  1 tokens/s  0:20 left"]

@@ -162,7 +162,8 @@ def _token_budget(root: str, new: str, size: Any, config: Config) -> Action:
     total = config.get(f"{root}.max_total_sequence_length")
     if not isinstance(size, int) or not isinstance(total, int):
         return Refuse(f"its tokens are counted with {root}.max_total_sequence_length: give both as whole numbers")
-    return Set({f"{root}.{new}": size * total})
+    sequences = 2 * size if config.get("dpo") or config.get("rm") else size  # these count pairs
+    return Set({f"{root}.{new}": sequences * total})
 
 
 def _side_by_side(root: str, size: Any, config: Config) -> Action:

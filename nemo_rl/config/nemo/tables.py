@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from nemo_rl.config.nemo.actions import NOTHING, Action, Config, Convert, Ignore, Keep, Off, Only, Refuse, Set, Table
-from nemo_rl.config.nemo.data_keys import DATA
+from nemo_rl.config.nemo.data_keys import data_keys
 from nemo_rl.config.nemo.policy_keys import generation_keys, policy_keys, tokenizer_keys
 from nemo_rl.config.nemo.run_keys import CLUSTER, ENVIRONMENTS, RUN
 
@@ -126,17 +126,14 @@ def _supervised(section: str) -> Table:
     }
 
 
-_SHARED: Table = {**policy_keys("policy"), **DATA, **RUN}
-_DPO: Table = _keep(
-    "dpo",
-    "reference_policy_kl_penalty",
-    "preference_average_log_probs",
-    "sft_average_log_probs",
-    "preference_loss_weight",
-    "sft_loss_weight",
-    "preference_loss",
-    "gt_reward_scale",
-)
+_SHARED: Table = {**policy_keys("policy"), **RUN}
+_TASKS: Table = {**_SHARED, **data_keys("tasks"), **ENVIRONMENTS}
+_EXAMPLES: Table = {**_SHARED, **data_keys("examples")}
+_DPO: Table = {
+    **_keep("dpo", "reference_policy_kl_penalty", "preference_average_log_probs", "sft_average_log_probs"),
+    **_keep("dpo", "preference_loss_weight", "sft_loss_weight", "preference_loss"),
+    "dpo.gt_reward_scale": Refuse("it belongs to the losses of RPO, which are not here: leave it out"),
+}
 _DISTILLATION: Table = {
     **_keep("distillation", "num_prompts_per_step", "num_generations_per_prompt", "max_num_steps", "max_num_epochs"),
     **_keep("distillation", "val_period", "val_at_start", "val_at_end", "max_val_samples", "topk_logits_k", "seed"),
@@ -150,20 +147,27 @@ _EVAL: Table = {
     **_keep("eval", "metric", "num_tests_per_prompt", "seed", "k_value", "save_path"),
     **generation_keys("generation"),
     **_keep("generation", "model_name"),
+    "generation.colocated.enabled": Only((True,), Ignore("an evaluation has nothing to share GPUs with")),
+    "generation.colocated.resources": NOTHING,  # colocated.enabled says it
     "generation.num_prompts_per_step": Ignore("answers are sampled as many side by side as the engine takes"),
     **tokenizer_keys("tokenizer"),
-    **_keep("data", "dataset_name", "max_input_seq_length", "prompt_file", "system_prompt_file", "repeat", "split"),
+    **_keep("data", "dataset_name", "max_input_seq_length", "prompt_file", "system_prompt_file", "split"),
+    "data.repeat": Only((1,), Refuse("several answers to each problem are eval.num_tests_per_prompt: set that")),
     **_keep("data", "problem_key", "solution_key", "file_format"),
     **CLUSTER,
     **ENVIRONMENTS,
+    "env.math.verifier_type": Only(
+        (None, "math", "english_multichoice", "multilingual_multichoice"),  # the benchmark decides it
+        ENVIRONMENTS["env.math.verifier_type"],
+    ),
 }
 
 DIALECTS: Mapping[str, Dialect] = {
-    "grpo": Dialect({**_SHARED, **ENVIRONMENTS, **_GRPO, **_GRPO_LOSS}),
-    "dpo": Dialect({**_SHARED, **_supervised("dpo"), **_DPO}),
-    "sft": Dialect({**_SHARED, **_supervised("sft")}),
-    "rm": Dialect({**_SHARED, **_supervised("rm")}),
-    "distillation": Dialect({**_SHARED, **ENVIRONMENTS, **_DISTILLATION}, {"teacher": "policy"}),
+    "grpo": Dialect({**_TASKS, **_GRPO, **_GRPO_LOSS}),
+    "dpo": Dialect({**_EXAMPLES, **_supervised("dpo"), **_DPO}),
+    "sft": Dialect({**_EXAMPLES, **_supervised("sft")}),
+    "rm": Dialect({**_EXAMPLES, **_supervised("rm")}),
+    "distillation": Dialect({**_TASKS, **_DISTILLATION}, {"teacher": "policy"}),
     "eval": Dialect(_EVAL, {"generation": "policy.generation", "tokenizer": "policy.tokenizer"}),
 }
 """By the section that has the algorithm's name."""

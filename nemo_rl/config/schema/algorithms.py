@@ -1,25 +1,23 @@
-"""The configuration of a whole run, one class per algorithm."""
+"""The configuration of a GRPO run."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nemo_rl.config.schema.base import (
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
     Share,
     conflict,
 )
-from nemo_rl.config.schema.cluster import ClusterConfig
 from nemo_rl.config.schema.data import DataConfig, RecordsConfig
 from nemo_rl.config.schema.environments import EnvironmentConfig
-from nemo_rl.config.schema.logging import CheckpointingConfig, LoggerConfig
-from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig
+from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.config.schema.run import LoopConfig, RunConfig
 
 
-class GRPOLoopConfig(Section):
+class GRPOLoopConfig(LoopConfig):
     """Group relative policy optimisation: sizes, advantages and validation of the loop."""
 
     num_prompts_per_step: PositiveInt = 8
@@ -27,12 +25,6 @@ class GRPOLoopConfig(Section):
 
     num_generations_per_prompt: PositiveInt = 8
     """Answers to each problem: the group size G."""
-
-    max_num_steps: PositiveInt = 40
-    """Steps of the run."""
-
-    max_num_epochs: PositiveInt | None = None
-    """Passes over the data after which the run ends even if steps are left; None has no such limit."""
 
     normalize_rewards: bool = True
     """Divide the advantages by the standard deviation of the group's rewards."""
@@ -46,23 +38,8 @@ class GRPOLoopConfig(Section):
     skip_uniform_groups: bool = True
     """Do not compute groups in which every advantage is zero; has no effect when the loss has a KL term."""
 
-    val_period: NonNegativeInt = 0
-    """Validate every so many steps; 0 never does."""
-
-    val_at_start: bool = False
-    """Validate before the first step."""
-
-    val_at_end: bool = False
-    """Validate after the last step."""
-
     report_base_model: bool = False
     """Measure the untrained model on `data.test` with several prompts and worked examples too; the best is reported."""
-
-    max_val_samples: PositiveInt = 256
-    """Most problems of one validation."""
-
-    seed: NonNegativeInt = 42
-    """Decides the order of the data and every sampled token."""
 
     max_rollout_seconds: PositiveFloat | None = None
     """Time to judge the rollouts of a step or a validation, in seconds after the last one is sampled; a group that is
@@ -100,10 +77,11 @@ class LossConfig(Section):
     """Bound of the KL estimate of one token."""
 
 
-class GRPOConfig(Section):
+class GRPOConfig(RunConfig):
     """A GRPO run."""
 
     default_recipe: ClassVar[str] = "grpo_arithmetic_smollm2"
+    algorithm: ClassVar[str] = "grpo"
 
     grpo: GRPOLoopConfig = GRPOLoopConfig()
     """Group relative policy optimisation: sizes, advantages and validation of the loop."""
@@ -111,10 +89,7 @@ class GRPOConfig(Section):
     loss_fn: LossConfig = LossConfig()
     """The clipped policy loss and its KL term."""
 
-    checkpointing: CheckpointingConfig = CheckpointingConfig()
-    """When the run is saved, what is kept, and how it continues."""
-
-    policy: PolicyConfig
+    policy: PolicyConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # sections are frozen
     """The model, and how it is trained and sampled."""
 
     data: DataConfig
@@ -123,11 +98,10 @@ class GRPOConfig(Section):
     env: Annotated[dict[str, EnvironmentConfig], Field(min_length=1)]
     """The environments by name; a data set names the one that judges its tasks."""
 
-    logger: LoggerConfig = LoggerConfig()
-    """Where metrics and samples go."""
-
-    cluster: ClusterConfig = ClusterConfig()
-    """Where the workers run and what they may use."""
+    @property
+    def loop(self) -> LoopConfig:
+        """The section `grpo`."""
+        return self.grpo
 
     @property
     def num_rollouts_per_step(self) -> int:
@@ -180,17 +154,6 @@ class GRPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _device_is_there(self) -> Self:
-        if self.policy.device == "cuda" and self.cluster.executor == "ray" and self.cluster.gpus_per_node == 0:
-            raise conflict(
-                "policy.device = cuda needs a GPU, and cluster.gpus_per_node = 0 asks Ray for none: set the second to 1"
-                " or the first to cpu",
-                "policy.device",
-                "cluster.gpus_per_node",
-            )
-        return self
-
-    @model_validator(mode="after")
     def _names_exist(self) -> Self:
         splits = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
         for split, spec in splits.items():
@@ -200,26 +163,10 @@ class GRPOConfig(Section):
                     f"data.{split}.environment = {spec.environment!r} is not in env: use one of {known}",
                     f"data.{split}.environment",
                 )
-        validates = self.grpo.val_period or self.grpo.val_at_start or self.grpo.val_at_end
-        if validates and self.data.validation is None:
+        if self.grpo.validates and self.data.validation is None:
             raise conflict(
                 "the run validates but data.validation is not set: set it, or turn off grpo.val_period, val_at_start"
                 " and val_at_end",
                 "grpo.val_period",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _chain_is_whole(self) -> Self:
-        chain = self.policy.scheduler
-        milestones = [link for link in chain if isinstance(link, MilestonesConfig)]
-        schedulers = len(chain) - len(milestones)
-        if schedulers > 1 or milestones:
-            count = len(milestones[0].milestones) if len(milestones) == 1 else None
-            if count != schedulers - 1:
-                raise conflict(
-                    f"policy.scheduler chains {schedulers} schedulers and needs one milestones entry with"
-                    f" {max(schedulers - 1, 0)} steps",
-                    "policy.scheduler",
-                )
         return self

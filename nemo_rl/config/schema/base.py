@@ -1,6 +1,6 @@
 """What every section of the configuration has in common."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class CommandConfig(Section):
+    """Everything a command needs to know."""
+
+    default_recipe: ClassVar[str]
+    """Packaged recipe that holds where no file is given."""
 
 
 def conflict(reason: str, *keys: str) -> PydanticCustomError:

@@ -19,8 +19,9 @@ class MathEnvironmentConfig(Section):
     timeout_seconds: PositiveFloat = 5.0
     """Deadline of one comparison in seconds; beyond it the answer counts as wrong and is counted as timed out."""
 
-    extraction: Literal["math", "last_number"] = "math"
-    """`math` finds boxed, LaTeX and plain expressions; `last_number` takes the last number in the reply."""
+    extraction: Literal["math", "last_number", "multiple_choice"] = "math"
+    """`math` finds boxed, LaTeX and plain expressions; `last_number` takes the last number in the reply,
+    `multiple_choice` the letter that the reply chooses."""
 
     reward_correct: float = 1.0
     """Reward of a right answer."""

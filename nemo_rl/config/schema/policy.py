@@ -65,8 +65,8 @@ type SchedulerLink = Annotated[
 ]
 
 
-class PolicyConfig(Section):
-    """The model, and how it is trained and sampled."""
+class TrainedPolicyConfig(Section):
+    """The model, and how it is trained."""
 
     model_name: str
     """`embedded:NAME`, a local folder or a name on the Hugging Face hub."""
@@ -75,8 +75,7 @@ class PolicyConfig(Section):
     """The tokenizer of the policy."""
 
     train_global_batch_size: PositiveInt
-    """Rollouts of one optimizer step, in whole groups: a multiple of `grpo.num_generations_per_prompt` that divides
-    `grpo.num_prompts_per_step * grpo.num_generations_per_prompt`."""
+    """Conversations, judged answers or pairs of one optimizer step."""
 
     train_mb_tokens: PositiveInt = 4096
     """Tokens of one training micro-batch as computed, shared prefixes counted once; bounds memory, never changes a
@@ -115,6 +114,14 @@ class PolicyConfig(Section):
 
     num_threads: PositiveInt | None = None
     """CPU threads of the model's arithmetic; None is PyTorch's own choice."""
+
+
+class PolicyConfig(TrainedPolicyConfig):
+    """The model, and how it is trained and sampled."""
+
+    train_global_batch_size: PositiveInt
+    """Rollouts of one optimizer step, in whole groups: a multiple of `grpo.num_generations_per_prompt` that divides
+    `grpo.num_prompts_per_step * grpo.num_generations_per_prompt`."""
 
     generation: GenerationSpec
     """How answers are sampled, and by which engine."""

@@ -11,17 +11,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig
+from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, model_identity
-from nemo_rl.objectives.truncation import Truncation
+from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler, clip_grad_norm
-from nemo_rl.training.step import Scorer, score_tokens, train_step
+from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
 
 def choose_device(device: str) -> torch.device:
@@ -38,7 +38,9 @@ def _stage(link: SchedulerConfig | MilestonesConfig) -> Mapping[str, Any]:
     return {"name": link.name, "kwargs": link.kwargs}
 
 
-def build_optimization(config: PolicyConfig, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+def build_optimization(
+    config: TrainedPolicyConfig, parameters: Iterable[nn.Parameter]
+) -> tuple[Optimizer, LRScheduler]:
     """Construct the optimizer and the learning-rate schedule of the `policy` section over float32 parameters.
 
     Raises:
@@ -52,12 +54,17 @@ class PyTorchBackend:
     """Holds the policy, its float32 master weights, the optimizer and the schedule (see `TrainingBackend`)."""
 
     def __init__(
-        self, config: PolicyConfig, source: str, tokenizer: PreTrainedTokenizerBase, *, with_reference: bool = False
+        self,
+        config: TrainedPolicyConfig,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        with_reference: bool = False,
     ) -> None:
         """Load the model.
 
         Args:
-            config: the `policy` section.
+            config: the `policy` section; with `generation`, the distribution trained is the one sampled from.
             source: model folder or hub name (`nemo_rl.models.load.resolve_model`).
             tokenizer: saved with every checkpoint and export.
             with_reference: keep a frozen copy of the starting weights.
@@ -74,15 +81,15 @@ class PyTorchBackend:
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
         self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
-        sampling = config.generation
+        sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
             self.model,
-            temperature=sampling.temperature,
+            temperature=sampling.temperature if sampling else 1.0,
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             autocast=self.autocast,
-            truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p),
+            truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
@@ -93,6 +100,10 @@ class PyTorchBackend:
             )
         finally:
             self._optimizer.zero_grad()  # also those of a step that failed halfway
+
+    def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """The loss of a batch and its metrics; no weight changes."""
+        return evaluate_step(self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens)
 
     def _update(self) -> Metrics:
         norm = clip_grad_norm(self._masters.parameters, self._config.max_grad_norm)
@@ -116,7 +127,7 @@ class PyTorchBackend:
         """Put the frozen starting weights in place of the current ones; no tensor is copied.
 
         Raises:
-            BackendError: no reference was kept (the loss has no KL term).
+            BackendError: no reference was kept (the loss compares with none).
         """
         if self._reference is None:
             raise BackendError("no reference weights were kept; set loss_fn.reference_policy_kl_penalty above 0")

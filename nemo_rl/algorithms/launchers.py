@@ -1,0 +1,27 @@
+"""Which algorithm a configuration is for."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from nemo_rl.algorithms.launch import launch_grpo
+from nemo_rl.algorithms.launch_examples import launch_preference, launch_sft
+from nemo_rl.algorithms.outcome import Outcome
+from nemo_rl.config.load import LoadedConfig
+from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.preference import DPOConfig
+from nemo_rl.config.schema.run import RunConfig
+from nemo_rl.config.schema.sft import SFTConfig
+from nemo_rl.errors import ConfigError
+
+
+def launch(loaded: LoadedConfig[RunConfig], command: Sequence[str] = ()) -> Outcome:
+    """Run what the configuration is for; see `launch_grpo`."""
+    match loaded.config:
+        case GRPOConfig():
+            return launch_grpo(cast(LoadedConfig[GRPOConfig], loaded), command)
+        case SFTConfig():
+            return launch_sft(cast(LoadedConfig[SFTConfig], loaded), command)
+        case DPOConfig():
+            return launch_preference(cast(LoadedConfig[DPOConfig], loaded), command)
+        case other:
+            raise ConfigError(f"{other.algorithm} has no launcher")

@@ -1,0 +1,206 @@
+"""The beginning of every run: its folder and what shows its progress, its model, its worker, and where it left off."""
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from nemo_rl.algorithms.checkpoints import Checkpoints, TrainingInfo
+from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
+from nemo_rl.algorithms.run import Run, is_used_up
+from nemo_rl.atomic import write_text_atomically
+from nemo_rl.config.load import dump_config
+from nemo_rl.config.schema.policy import TrainedPolicyConfig
+from nemo_rl.config.schema.run import RunConfig
+from nemo_rl.distributed.cache import cache_dir
+from nemo_rl.distributed.executor import make_executor
+from nemo_rl.errors import ConfigError
+from nemo_rl.interfaces import Resources, WorkerHandle
+from nemo_rl.models.load import load_tokenizer, quiet_libraries, resolve_model
+from nemo_rl.observe.console import Console
+from nemo_rl.observe.logger import RolloutWriter, RunLogger
+from nemo_rl.observe.sinks import build_sinks
+from nemo_rl.observe.summary import PhaseTimer
+from nemo_rl.training.pytorch.backend import build_optimization
+
+
+@dataclass(frozen=True, slots=True)
+class Model[P: TrainedPolicyConfig]:
+    """What a worker loads: `source` (a folder or a hub name) and the `policy` section; and the tokenizer of both."""
+
+    source: str
+    policy: P
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A run whose folder is open, before anything heavy is loaded.
+
+    Attributes:
+        config: of the run.
+        timer: counts from here.
+        checkpoints: in the run's folder.
+        console: shows the run.
+        earlier: where the run ended, if an earlier start of it got to its end: nothing is left to do.
+    """
+
+    config: RunConfig
+    timer: PhaseTimer
+    checkpoints: Checkpoints
+    console: Console
+    earlier: Outcome | None
+
+    @contextmanager
+    def loading(self) -> Generator[ExitStack]:
+        """Show the run and its log records, for as long as what it enters into the stack lives."""
+        with ExitStack() as stack:
+            stack.enter_context(self.console)
+            stack.enter_context(_logging_through(self.console))
+            yield stack
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Count and show the time of a phase."""
+        with self.timer.phase(name), self.console.phase(name):
+            yield
+
+    def worker(
+        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], *, with_reference: bool
+    ) -> WorkerHandle:
+        """Start the worker of the policy with the resources it needs."""
+        cluster = self.config.cluster
+        executor = stack.enter_context(
+            make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
+        )
+        resources = Resources(
+            num_cpus=float(self.config.policy.num_threads or 1), num_gpus=float(cluster.gpus_per_node > 0)
+        )
+        return executor.start(kind, model.policy, model.source, with_reference=with_reference, resources=resources)
+
+    def run(self, info: TrainingInfo) -> Run:
+        """Open the records of the run, which goes on after `info`.
+
+        Raises:
+            ConfigError: the folder of the logs cannot be written.
+        """
+        logger = _open_logger(self.config, self.checkpoints, info.step)
+        return Run(
+            self.config,
+            checkpoints=self.checkpoints,
+            logger=logger,
+            console=self.console,
+            timer=self.timer,
+            info=info,
+        )
+
+
+def start(config: RunConfig) -> Start:
+    """Check that the run can be done here and open its folder.
+
+    Raises:
+        ConfigError: there is no optimizer or device for it.
+        CheckpointError: the folder cannot be written, or holds a run that must not be continued.
+    """
+    check_can_run(config)
+    timer = PhaseTimer()
+    checkpoints = Checkpoints(config.checkpointing, dump_config(config))
+    checkpoints.open_folder()
+    latest = checkpoints.latest()
+    console = Console(
+        total_steps=config.loop.max_num_steps,
+        first_step=latest.step,
+        sample_period=config.logger.print_sample_period,
+    )
+    earlier = earlier_outcome(checkpoints.folder, latest.step)
+    if earlier is not None and is_used_up(config.loop, latest.step, latest.epochs):
+        console.note(
+            f"{checkpoints.folder} holds this run, finished after step {latest.step}: raise "
+            f"{config.algorithm}.max_num_steps (or max_num_epochs) to go on, or choose another "
+            "checkpointing.checkpoint_dir to start afresh"
+        )
+    else:
+        earlier = None
+    return Start(config, timer, checkpoints, console, earlier)
+
+
+def load_model[P: TrainedPolicyConfig](policy: P) -> Model[P]:
+    """Find the model and load its tokenizer.
+
+    Raises:
+        ConfigError: the model or its tokenizer is not there.
+    """
+    source = resolve_model(policy.model_name, cache_dir())
+    policy = worker_policy(policy, source)
+    return Model(source, policy, load_tokenizer(policy.tokenizer.name or source, policy.tokenizer.chat_template))
+
+
+def worker_policy[P: TrainedPolicyConfig](policy: P, source: str) -> P:
+    """The `policy` section as its worker takes it, wherever that is.
+
+    The tokenizer's name is resolved, and the threads are those of this process, because Ray would allow one.
+    """
+    name = policy.tokenizer.name
+    tokenizer = source if name is None else resolve_model(name, cache_dir(), part="tokenizer")
+    return policy.model_copy(
+        update={
+            "tokenizer": policy.tokenizer.model_copy(update={"name": tokenizer}),
+            "num_threads": policy.num_threads or torch.get_num_threads(),
+        }
+    )
+
+
+def check_can_run(config: RunConfig) -> None:
+    """Refuse what there is no optimizer or device for; with Ray, the cluster says which devices it has.
+
+    Raises:
+        ConfigError: with what to set instead.
+    """
+    cluster = config.cluster
+    if cluster.num_nodes * cluster.gpus_per_node > 1:
+        raise ConfigError(
+            f"the policy runs in one process on one device, and cluster asks for {cluster.num_nodes} nodes with "
+            f"{cluster.gpus_per_node} GPUs each; set cluster.num_nodes=1 and cluster.gpus_per_node to 0 or 1"
+        )
+    build_optimization(config.policy, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
+    if cluster.executor != "local" or torch.cuda.is_available():
+        return
+    if config.policy.device == "cuda":
+        raise ConfigError("policy.device is cuda and torch finds no GPU here; set it to auto or cpu")
+    if cluster.gpus_per_node > 0:
+        raise ConfigError(f"cluster.gpus_per_node is {cluster.gpus_per_node} and torch finds no GPU here; set it to 0")
+
+
+def _open_logger(config: RunConfig, checkpoints: Checkpoints, step: int) -> RunLogger:
+    """Write the resolved configuration and open the records of a run, which goes on after `step`."""
+    folder = checkpoints.folder
+    try:
+        write_text_atomically(folder / "config.yaml", checkpoints.config_yaml)
+        first_step = step + 1 if step else 0
+        sinks = build_sinks(config.logger, folder, first_step=first_step, resolved=config.model_dump(mode="json"))
+    except OSError as error:
+        where = config.logger.log_dir or folder
+        raise ConfigError(
+            f"cannot write the logs in {where} ({error}); set logger.log_dir to another folder"
+        ) from error
+    return RunLogger(sinks, RolloutWriter(folder / "rollouts"))
+
+
+@contextmanager
+def _logging_through(console: Console) -> Generator[None]:
+    """Show log records above the bar; what libraries write past it would tear it."""
+    quiet_libraries()
+    root, handler = logging.getLogger(), console.handler()
+    package, level = logging.getLogger("nemo_rl"), logging.getLogger("nemo_rl").level
+    package.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        package.setLevel(level)

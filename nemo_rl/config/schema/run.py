@@ -1,0 +1,141 @@
+"""What the configurations of all training runs have in common."""
+
+from abc import abstractmethod
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from nemo_rl.config.schema.base import CommandConfig, NonNegativeInt, PositiveInt, Section, conflict
+from nemo_rl.config.schema.cluster import ClusterConfig
+from nemo_rl.config.schema.examples import ExampleDataConfig
+from nemo_rl.config.schema.logging import CheckpointingConfig, LoggerConfig
+from nemo_rl.config.schema.policy import MilestonesConfig, TrainedPolicyConfig
+
+
+class LoopConfig(Section):
+    """What every loop has: its end, its validations and its seed."""
+
+    max_num_steps: PositiveInt = 40
+    """Steps of the run."""
+
+    max_num_epochs: PositiveInt | None = None
+    """Passes over the data after which the run ends even if steps are left; None has no such limit."""
+
+    val_period: NonNegativeInt = 0
+    """Validate every so many steps; 0 never does."""
+
+    val_at_start: bool = False
+    """Validate before the first step."""
+
+    val_at_end: bool = False
+    """Validate after the last step."""
+
+    max_val_samples: PositiveInt = 256
+    """Most records of one validation."""
+
+    seed: NonNegativeInt = 42
+    """Decides the order of the data and every random draw."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run validates at all."""
+        return bool(self.val_period) or self.val_at_start or self.val_at_end
+
+
+class RunConfig(CommandConfig):
+    """A training run."""
+
+    algorithm: ClassVar[str]
+    """Name of the command and of the section with the loop."""
+
+    policy: TrainedPolicyConfig
+    """The model, and how it is trained."""
+
+    checkpointing: CheckpointingConfig = CheckpointingConfig()
+    """When the run is saved, what is kept, and how it continues."""
+
+    logger: LoggerConfig = LoggerConfig()
+    """Where metrics and samples go."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    """Where the workers run and what they may use."""
+
+    @property
+    @abstractmethod
+    def loop(self) -> LoopConfig:
+        """The algorithm's own section."""
+
+    @model_validator(mode="after")
+    def _device_is_there(self) -> Self:
+        if self.policy.device == "cuda" and self.cluster.executor == "ray" and self.cluster.gpus_per_node == 0:
+            raise conflict(
+                "policy.device = cuda needs a GPU, and cluster.gpus_per_node = 0 asks Ray for none: set the second to 1"
+                " or the first to cpu",
+                "policy.device",
+                "cluster.gpus_per_node",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chain_is_whole(self) -> Self:
+        chain = self.policy.scheduler
+        milestones = [link for link in chain if isinstance(link, MilestonesConfig)]
+        schedulers = len(chain) - len(milestones)
+        if schedulers > 1 or milestones:
+            count = len(milestones[0].milestones) if len(milestones) == 1 else None
+            if count != schedulers - 1:
+                raise conflict(
+                    f"policy.scheduler chains {schedulers} schedulers and needs one milestones entry with"
+                    f" {max(schedulers - 1, 0)} steps",
+                    "policy.scheduler",
+                )
+        return self
+
+
+class LossCheckpointingConfig(CheckpointingConfig):
+    """When the run is saved, what is kept, and how it continues."""
+
+    metric_name: str | None = "val:loss"
+    """Metric that ranks the checkpoints, as `train:NAME` or `val:NAME`; None keeps the latest ones."""
+
+    higher_is_better: bool = False
+    """Whether a checkpoint with a higher metric is the better one."""
+
+
+class ExampleRunConfig(RunConfig):
+    """A run that learns from given answers."""
+
+    checkpointing: LossCheckpointingConfig = (  # pyright: ignore[reportIncompatibleVariableOverride]  # it is frozen
+        LossCheckpointingConfig()
+    )
+    """When the run is saved, what is kept, and how it continues."""
+
+    data: ExampleDataConfig
+    """Answers to learn from, and how they become tokens."""
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence that is trained on."""
+        return self.data.max_input_seq_length or self.policy.max_total_sequence_length
+
+    @model_validator(mode="after")
+    def _can_validate(self) -> Self:
+        if self.loop.validates and self.data.validation is None and not self.data.split_validation_size:
+            name = self.algorithm
+            raise conflict(
+                f"the run validates but data.validation is not set: set it or data.split_validation_size, or turn off"
+                f" {name}.val_period, val_at_start and val_at_end",
+                f"{name}.val_period",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        if self.max_sequence_tokens > self.policy.max_total_sequence_length:
+            raise conflict(
+                f"data.max_input_seq_length = {self.max_sequence_tokens} exceeds policy.max_total_sequence_length ="
+                f" {self.policy.max_total_sequence_length}: lower the first or raise the second",
+                "data.max_input_seq_length",
+                "policy.max_total_sequence_length",
+            )
+        return self

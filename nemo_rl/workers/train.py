@@ -1,0 +1,65 @@
+"""`TrainWorker`: what runs where a policy lives that is trained and never sampled."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_rl.config.schema.policy import TrainedPolicyConfig
+from nemo_rl.data.batch import TokenBatch
+from nemo_rl.distributed.memory import peak_memory_bytes
+from nemo_rl.interfaces import Objective
+from nemo_rl.metrics import Metrics
+from nemo_rl.models.load import load_tokenizer, quiet_libraries
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+
+
+class TrainWorker:
+    """A training backend; a plain class that an executor starts in some process."""
+
+    def __init__(self, config: TrainedPolicyConfig, source: str, *, with_reference: bool = False) -> None:
+        """Load the model of the `policy` section from `source` (a folder or a hub name)."""
+        quiet_libraries()
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._tokenizer = load_tokenizer(config.tokenizer.name or source, config.tokenizer.chat_template)
+        self._backend = PyTorchBackend(config, source, self._tokenizer, with_reference=with_reference)
+
+    def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """One optimizer step."""
+        return self._backend.train(batch, objective)
+
+    def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
+        """The loss and its metrics; no weight changes."""
+        return self._backend.evaluate(batch, objective)
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """float32 [N], under the current weights."""
+        return self._backend.logprobs(batch)
+
+    def reference_logprobs(self, batch: TokenBatch) -> Tensor:
+        """float32 [N], under the weights the run started from."""
+        with self._backend.reference():
+            return self._backend.logprobs(batch)
+
+    def save(self, folder: Path) -> None:
+        """Write the training state."""
+        self._backend.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore the training state."""
+        self._backend.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face model folder."""
+        self._backend.export(folder)
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that this process has held."""
+        return peak_memory_bytes()
+
+    def describe(self) -> Mapping[str, Any]:
+        """What is held here."""
+        return self._backend.describe()

@@ -1,0 +1,184 @@
+"""SFT and preference training on a tiny model: known first losses, convergence, resuming, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nemo_rl.algorithms.launch_examples as launching
+import nemo_rl.algorithms.sft as sft
+from nemo_rl.algorithms.launch_examples import launch_preference, launch_sft
+from nemo_rl.algorithms.preference import preference_objective
+from nemo_rl.config.load import load_config
+from nemo_rl.config.schema.preference import DPOConfig
+from nemo_rl.config.schema.sft import SFTConfig
+from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.packing import micro_batches
+from nemo_rl.data.types import Example, Preference
+from nemo_rl.errors import ConfigError, DataError
+from nemo_rl.interfaces import Objective
+from nemo_rl.objectives.preference import PreferenceObjective, pair_indices
+from nemo_rl.objectives.supervised import SupervisedObjective
+from tiny_run import records, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
+
+
+class Negated:
+    """The same metrics with the loss the wrong way round."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def __call__(self, *given: Any) -> Any:
+        loss, metrics = self._objective(*given)
+        return -loss, metrics
+
+
+class NegatedPreference(PreferenceObjective):
+    def __call__(self, *given: Any) -> Any:
+        loss, metrics = super().__call__(*given)
+        return -loss, metrics
+
+
+def settings(model: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        f"policy.model_name={model}",
+        f"checkpointing.checkpoint_dir={folder}",
+        "policy.precision=float32",
+        "policy.num_threads=1",
+        "policy.train_global_batch_size=4",
+        "policy.optimizer={name: torch.optim.AdamW, kwargs: {lr: 0.01, weight_decay: 0.0}}",
+        "policy.scheduler=[]",
+        "data.validation.num_samples=8",
+        "checkpointing.export_hf=false",
+        "logger.tensorboard_enabled=false",
+        *more,
+    ]
+
+
+def fine_tune(model: Path, folder: Path, steps: int, *more: str) -> list[dict[str, float | None]]:
+    given = settings(model, folder, f"sft.max_num_steps={steps}", *more)
+    assert launch_sft(load_config(None, given, SFTConfig)).step == steps
+    return records(folder)
+
+
+def prefer(model: Path, folder: Path, steps: int, *more: str) -> list[dict[str, float | None]]:
+    """Pairs in which "yes" is always better than "no"."""
+    folder.parent.mkdir(exist_ok=True)
+    file = folder.parent / "pairs.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "chosen": "yes", "rejected": "no"}) + "\n" for i in range(9))
+    )
+    data = f"{{name: local, path: '{file}'}}"
+    given = settings(model, folder, f"dpo.max_num_steps={steps}", f"data.train={data}", "data.validation=null")
+    given.remove("data.validation.num_samples=8")
+    quiet = ("dpo.val_at_start=false", "dpo.val_at_end=false")
+    assert launch_preference(load_config(None, [*given, *quiet, *more], DPOConfig)).step == steps
+    return records(folder)
+
+
+def test_sft_learns_and_the_wrong_sign_does_not(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt = fine_tune(tiny_llama, tmp_path / "right", 12)
+    assert learnt[0]["val/loss"] == pytest.approx(math.log(49152), rel=0.01)  # random: all tokens alike
+    monkeypatch.setattr(sft, "SupervisedObjective", lambda: Negated(SupervisedObjective()))
+    wrong = fine_tune(tiny_llama, tmp_path / "wrong", 12, "sft.val_at_end=false")
+    threshold = 0.85 * math.log(49152)
+    assert float(learnt[-1]["val/loss"] or 0) < threshold < float(wrong[-1]["train/nll"] or 0)
+
+
+def test_sft_resumes_to_the_same_bits(tiny_llama: Path, tmp_path: Path) -> None:
+    off = ("sft.val_at_start=false", "sft.val_at_end=false")
+    whole = fine_tune(tiny_llama, tmp_path / "whole", 4, *off)
+    fine_tune(tiny_llama, tmp_path / "parts", 2, *off)
+    assert fine_tune(tiny_llama, tmp_path / "parts", 4, *off) == whole
+    left, right = saved_tensors(tmp_path / "whole", 4), saved_tensors(tmp_path / "parts", 4)
+    assert left.keys() == right.keys() and len(left) > 20
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_dpo_starts_at_ln_2_and_learns_and_the_wrong_sign_does_not(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt = prefer(tiny_llama, tmp_path / "right", 6)
+    assert learnt[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    monkeypatch.setattr(launching, "preference_objective", lambda config: NegatedPreference())
+    wrong = prefer(tiny_llama, tmp_path / "wrong", 6)
+    assert float(learnt[-1]["train/preference_loss"] or 0) < 0.65 < float(wrong[-1]["train/preference_loss"] or 0)
+    assert (learnt[-1]["train/accuracy"], wrong[-1]["train/accuracy"]) == (1, 0)
+
+
+def test_a_pair_is_never_split_while_it_fits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for index in range(20):
+        prompt = torch.randint(3, 99, (4,), generator=generator)
+        chosen, rejected = (
+            Example(
+                torch.cat([prompt, torch.randint(3, 99, (length,), generator=generator)]), torch.arange(4 + length) > 3
+            )
+            for length in torch.randint(1, 12, (2,), generator=generator).tolist()
+        )
+        pairs.append(Preference(chosen, rejected, index=index))
+    batch = TokenBatch.from_preferences(pairs)
+    for share in (True, False):
+        parts = list(micro_batches(batch, max_tokens=2 * 16, share_prefixes=share))
+        assert sum(len(pair_indices(part)[0]) for part in parts) == 20 and len(parts) > 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("policy.train_mb_tokens=255", "has no room for both answers of a pair, which may have 256 tokens"),
+        ("data.validation=null", "data.validation is not set"),
+        ("data.max_input_seq_length=129", "exceeds policy.max_total_sequence_length = 128"),
+        ("dpo.preference_loss_weight=0", "are both 0, so nothing is learnt"),
+        ("dpo.label_smoothing=0.5", "less than 0.5"),
+        ("dpo.preference_loss=dop", "did you mean 'dpo'"),
+        ("policy.generation={backend: hf}", "unknown key policy.generation"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [setting], DPOConfig)
+
+
+def test_kto_asks_for_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
+    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.val_at_start=false")
+    with pytest.raises(DataError, match="these records have no label"):
+        launch_preference(load_config(None, given, DPOConfig))
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [
+        ("preference_loss=ipo", "kind", "ipo"),
+        ("reference_policy_kl_penalty=0.3", "beta", 0.3),
+        ("label_smoothing=0.1", "label_smoothing", 0.1),
+        ("simpo_margin=0.7", "margin", 0.7),
+        ("preference_average_log_probs=true", "average_logprobs", True),
+        ("preference_loss_weight=2.0", "preference_weight", 2.0),
+        ("sft_loss_weight=0.5", "sft_weight", 0.5),
+        ("sft_average_log_probs=false", "sft_average_logprobs", False),
+    ],
+)
+def test_a_loss_setting_arrives_in_the_objective(setting: str, field: str, value: object) -> None:
+    objective = preference_objective(load_config(None, [f"dpo.{setting}"], DPOConfig).config.dpo)
+    assert getattr(objective, field) == value
+
+
+def test_kto_starts_at_a_half_and_learns_from_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
+    """With the policy at the reference every ratio and the reference point are 0, and 1 - sigmoid(0) is a half."""
+    rows = [{"prompt": f"{i}?", "completion": "no" if i % 2 else "yes", "label": i % 2 == 0} for i in range(8)]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data.train={{name: local, path: '{tmp_path / 'judged.jsonl'}', format: {{type: judged}}}}"
+    off = ("data.validation=null", "dpo.val_at_start=false", "dpo.val_at_end=false")
+    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.max_num_steps=8", data, *off)
+    given.remove("data.validation.num_samples=8")
+    launch_preference(load_config(None, given, DPOConfig))
+    steps = records(tmp_path / "run")
+    assert steps[0]["train/loss"] == pytest.approx(0.5, abs=1e-5)
+    assert float(steps[-1]["train/loss"] or 0) < 0.49
