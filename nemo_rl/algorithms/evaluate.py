@@ -23,12 +23,12 @@ from nemo_rl.algorithms.samples import (
     scores_by_prompt,
     write_parquet,
 )
+from nemo_rl.algorithms.start import check_devices
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import LoadedConfig, dump_config
-from nemo_rl.config.schema.evaluation import EvalConfig, EvalDataConfig
-from nemo_rl.data.chat import PromptFormat
+from nemo_rl.config.schema.evaluation import EvalConfig
 from nemo_rl.data.datasets.benchmarks import benchmark_prompt, build_benchmark
-from nemo_rl.data.processors import TaskProcessor
+from nemo_rl.data.processors import TaskProcessor, read_prompt_format
 from nemo_rl.data.types import SamplingParams, Task
 from nemo_rl.distributed.cache import cache_dir
 from nemo_rl.distributed.executor import make_executor
@@ -125,7 +125,9 @@ def load_problems(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
     """
     data, length = config.data, config.generation.vllm_cfg.max_model_len
     longest = min(data.max_input_seq_length or length, length - 1)  # at least one token of an answer
-    processor = TaskProcessor(tokenizer, _prompt_format(data), longest, data.too_long)
+    default = benchmark_prompt(data)
+    prompt_format = read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file, default=default)
+    processor = TaskProcessor(tokenizer, prompt_format, longest, data.too_long)
     dataset = build_benchmark(data, environment=config.judge, seed=config.eval.seed)
     num_problems = min(len(dataset), data.num_samples or len(dataset))
     ready = [processor(dataset[index]) for index in range(num_problems)]
@@ -149,19 +151,6 @@ def sampling_params(config: EvalConfig, end_tokens: Sequence[int]) -> SamplingPa
         stop_token_ids=(*end_tokens, *(generation.stop_token_ids or ())),
         stop_strings=tuple(generation.stop_strings or ()),
     )
-
-
-def _prompt_format(data: EvalDataConfig) -> PromptFormat:
-    def text(path: str | None, key: str) -> str | None:
-        if path is None:
-            return None
-        try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"cannot read data.{key} = {path}: {error.strerror}") from error
-
-    prompt = data.prompt or text(data.prompt_file, "prompt_file") or benchmark_prompt(data)
-    return PromptFormat(prompt=prompt, system_prompt=text(data.system_prompt_file, "system_prompt_file"))
 
 
 def _calls(config: EvalConfig, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
@@ -306,14 +295,4 @@ def _check_can_run(config: EvalConfig) -> None:
             f"generation.backend is {generation.backend}, which this version plans (--dry-run) but does not run; set "
             "it to hf"
         )
-    if cluster.num_nodes * cluster.gpus_per_node > 1:
-        raise ConfigError(
-            f"the model runs in one process on one device, and cluster asks for {cluster.num_nodes} nodes with "
-            f"{cluster.gpus_per_node} GPUs each; set cluster.num_nodes=1 and cluster.gpus_per_node to 0 or 1"
-        )
-    if cluster.executor != "local" or torch.cuda.is_available():
-        return
-    if generation.device == "cuda":
-        raise ConfigError("generation.device is cuda and torch finds no GPU here; set it to auto or cpu")
-    if cluster.gpus_per_node > 0:
-        raise ConfigError(f"cluster.gpus_per_node is {cluster.gpus_per_node} and torch finds no GPU here; set it to 0")
+    check_devices(cluster, generation.device, what="model", section="generation")

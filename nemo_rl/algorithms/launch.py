@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import cast
 
 from torch import Tensor
@@ -19,11 +18,10 @@ from nemo_rl.algorithms.start import load_model, start
 from nemo_rl.config.load import LoadedConfig
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.data import ArithmeticDataConfig
-from nemo_rl.data.chat import PromptFormat
 from nemo_rl.data.datasets.arithmetic import best_prompts
 from nemo_rl.data.datasets.registry import build_dataset
 from nemo_rl.data.loader import TaskLoader, one_pass
-from nemo_rl.data.processors import TaskProcessor
+from nemo_rl.data.processors import TaskProcessor, read_prompt_format
 from nemo_rl.data.types import SamplingParams, Task, TaskDataset
 from nemo_rl.environments.registry import build_environments
 from nemo_rl.errors import ConfigError, DataError
@@ -107,7 +105,8 @@ def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
         DataError: data are missing or malformed, a set is empty, or a prompt is too long.
     """
     data = config.data
-    processor = TaskProcessor(tokenizer, _prompt_format(config), config.max_prompt_tokens, data.too_long)
+    prompt_format = read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file)
+    processor = TaskProcessor(tokenizer, prompt_format, config.max_prompt_tokens, data.too_long)
     test = None if data.test is None else build_dataset(data.test, "test")
     validation = None if data.validation is None else build_dataset(data.validation, "validation")
     train = build_dataset(data.train, "train", held_out=test)
@@ -131,22 +130,9 @@ def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
     base: dict[str, tuple[Task, ...]] = {}
     if config.grpo.report_base_model and test is not None and isinstance(data.test, ArithmeticDataConfig):
         others = {name: form for name, form in best_prompts().items() if form != processor.prompt_format}
-        for name, prompt_format in others.items():
-            base[name] = tasks(test, replace(processor, prompt_format=prompt_format, max_input_length=None))
+        for name, form in others.items():
+            base[name] = tasks(test, replace(processor, prompt_format=form, max_input_length=None))
     return Problems(loader, tasks(validation, processor, config.grpo.max_val_samples), tasks(test, processor), base)
-
-
-def _prompt_format(config: GRPOConfig) -> PromptFormat:
-    def text(path: str | None, key: str) -> str | None:
-        if path is None:
-            return None
-        try:
-            return Path(path).expanduser().read_text()
-        except OSError as error:
-            raise DataError(f"cannot read data.{key} = {path}: {error.strerror}") from error
-
-    prompt = config.data.prompt or text(config.data.prompt_file, "prompt_file") or "{}"
-    return PromptFormat(prompt=prompt, system_prompt=text(config.data.system_prompt_file, "system_prompt_file"))
 
 
 def rollout_source(

@@ -15,6 +15,7 @@ from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
 from nemo_rl.algorithms.run import Run, is_used_up
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import dump_config
+from nemo_rl.config.schema.cluster import ClusterConfig
 from nemo_rl.config.schema.policy import TrainedPolicyConfig
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.distributed.cache import cache_dir
@@ -156,22 +157,36 @@ def worker_policy[P: TrainedPolicyConfig](policy: P, source: str) -> P:
 
 
 def check_can_run(config: RunConfig) -> None:
-    """Refuse what there is no optimizer or device for; with Ray, the cluster says which devices it has.
+    """Refuse what there is no optimizer or device for.
 
     Raises:
         ConfigError: with what to set instead.
     """
-    cluster = config.cluster
+    build_optimization(config.policy, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
+    check_devices(config.cluster, config.policy.device, what="policy", section="policy")
+
+
+def check_devices(cluster: ClusterConfig, device: str, *, what: str, section: str) -> None:
+    """Refuse devices that are not there; with Ray, the cluster says which it has.
+
+    Args:
+        cluster: the section of that name.
+        device: that `what` asks for.
+        what: runs on it, in words.
+        section: of the configuration, whose key `device` says so.
+
+    Raises:
+        ConfigError: with what to set instead.
+    """
     if cluster.num_nodes * cluster.gpus_per_node > 1:
         raise ConfigError(
-            f"the policy runs in one process on one device, and cluster asks for {cluster.num_nodes} nodes with "
+            f"the {what} runs in one process on one device, and cluster asks for {cluster.num_nodes} nodes with "
             f"{cluster.gpus_per_node} GPUs each; set cluster.num_nodes=1 and cluster.gpus_per_node to 0 or 1"
         )
-    build_optimization(config.policy, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
     if cluster.executor != "local" or torch.cuda.is_available():
         return
-    if config.policy.device == "cuda":
-        raise ConfigError("policy.device is cuda and torch finds no GPU here; set it to auto or cpu")
+    if device == "cuda":
+        raise ConfigError(f"{section}.device is cuda and torch finds no GPU here; set it to auto or cpu")
     if cluster.gpus_per_node > 0:
         raise ConfigError(f"cluster.gpus_per_node is {cluster.gpus_per_node} and torch finds no GPU here; set it to 0")
 

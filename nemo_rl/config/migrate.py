@@ -10,12 +10,11 @@ from nemo_rl.config.nemo.translate import algorithm_of, translate
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.base import Section
 from nemo_rl.config.schema.evaluation import EvalConfig
-from nemo_rl.config.schema.preference import DPOConfig
-from nemo_rl.config.schema.sft import SFTConfig
+from nemo_rl.config.schema.registry import RUNS
 from nemo_rl.config.sources import read_tree
 from nemo_rl.errors import ConfigError
 
-SCHEMAS: Mapping[str, type[Section]] = {"grpo": GRPOConfig, "dpo": DPOConfig, "sft": SFTConfig, "eval": EvalConfig}
+SCHEMAS: Mapping[str, type[Section]] = {**RUNS, "eval": EvalConfig}
 """The schema of each algorithm; what has none yet is translated by its table alone."""
 
 

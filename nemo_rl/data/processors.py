@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nemo_rl.data.chat import PromptFormat, encode_prompt
@@ -45,3 +46,24 @@ class TaskProcessor:
                 f"{self.max_input_length}; raise it, or set data.too_long=skip to leave such tasks out"
             )
         return replace(task, messages=messages, token_ids=token_ids)
+
+
+def read_prompt_format(
+    prompt: str | None, prompt_file: str | None, system_prompt_file: str | None, *, default: str = "{}"
+) -> PromptFormat:
+    """Build the prompt format of a `data` section; `prompt` wins over `prompt_file`, and either over `default`.
+
+    Raises:
+        DataError: a file cannot be read, or the template has not exactly one place for the problem.
+    """
+
+    def text(path: str | None, key: str) -> str | None:
+        if path is None:
+            return None
+        try:
+            return Path(path).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"cannot read data.{key} = {path}: {error.strerror}") from error
+
+    template = prompt or text(prompt_file, "prompt_file") or default
+    return PromptFormat(prompt=template, system_prompt=text(system_prompt_file, "system_prompt_file"))
