@@ -47,8 +47,9 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from nemo_rl.algorithms.grpo import grpo_objective
-from nemo_rl.algorithms.launch import load_problems, sampling_params
+from nemo_rl.algorithms.launch import sampling_params
 from nemo_rl.algorithms.policy_batch import minibatches, policy_batch
+from nemo_rl.algorithms.problems import load_problems
 from nemo_rl.algorithms.sampling import RolloutSource
 from nemo_rl.config.load import load_config
 from nemo_rl.config.schema.algorithms import GRPOConfig

@@ -1,10 +1,10 @@
-"""GRPO from a validated configuration to a finished run: build the parts, resume, train, measure, export, sum up."""
+"""A run that samples, from a validated configuration to its end: build the parts, resume, train, measure, sum up."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import cast
 
 from torch import Tensor
@@ -12,19 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.algorithms.grpo import train_grpo
 from nemo_rl.algorithms.outcome import Outcome, finish
+from nemo_rl.algorithms.problems import Problems, load_problems
 from nemo_rl.algorithms.run import Run
 from nemo_rl.algorithms.sampling import RolloutSource
-from nemo_rl.algorithms.start import load_model, start
+from nemo_rl.algorithms.start import Model, Start, load_model, start
 from nemo_rl.config.load import LoadedConfig
 from nemo_rl.config.schema.algorithms import GRPOConfig
-from nemo_rl.config.schema.data import ArithmeticDataConfig
-from nemo_rl.data.datasets.arithmetic import best_prompts
-from nemo_rl.data.datasets.registry import build_dataset
-from nemo_rl.data.loader import TaskLoader, one_pass
-from nemo_rl.data.processors import TaskProcessor, read_prompt_format
-from nemo_rl.data.types import SamplingParams, Task, TaskDataset
+from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.config.schema.sampled import SampledRunConfig
+from nemo_rl.data.loader import TaskLoader
+from nemo_rl.data.types import SamplingParams, Task
 from nemo_rl.environments.registry import build_environments
-from nemo_rl.errors import ConfigError, DataError
+from nemo_rl.errors import ConfigError
 from nemo_rl.interfaces import Environment, Sampler
 from nemo_rl.models.load import end_tokens
 from nemo_rl.workers.handles import ColocatedGenerator, Policy
@@ -32,26 +31,50 @@ from nemo_rl.workers.policy import PolicyWorker
 
 
 @dataclass(frozen=True, slots=True)
-class Problems:
-    """The data of a run, ready for the sampler; `base_test` are the test problems in every candidate prompt."""
+class SampledParts:
+    """What a loop that samples works with.
 
+    Attributes:
+        policy: is trained.
+        rollouts: samples from it and has the answers judged.
+        loader: draws the problems.
+    """
+
+    policy: Policy
+    rollouts: RolloutSource
     loader: TaskLoader
-    validation: tuple[Task, ...]
-    test: tuple[Task, ...]
-    base_test: Mapping[str, tuple[Task, ...]]
+
+
+type Loop = Callable[[Run, SampledParts], None]
+type BuildLoop = Callable[[Start, ExitStack, Model[PolicyConfig]], Loop]
+"""Starts what a loop needs besides the policy, to live as long as the stack, and returns the loop."""
 
 
 def launch_grpo(loaded: LoadedConfig[GRPOConfig], command: Sequence[str] = ()) -> Outcome:
-    """Run GRPO from start, or from the latest checkpoint, to its end.
+    """Run GRPO from start, or from the latest checkpoint, to its end; see `launch_sampled`."""
+    config = loaded.config
+
+    def build(begun: Start, stack: ExitStack, model: Model[PolicyConfig]) -> Loop:
+        del begun, stack, model
+        return lambda run, parts: train_grpo(config, run, parts.policy, parts.rollouts, parts.loader)
+
+    return launch_sampled(config, build, command, with_reference=config.loss_fn.reference_policy_kl_penalty > 0)
+
+
+def launch_sampled(
+    config: SampledRunConfig, build: BuildLoop, command: Sequence[str], *, with_reference: bool = False
+) -> Outcome:
+    """Build the parts of a run, resume, measure, train, measure again, export and sum up.
 
     Args:
-        loaded: the configuration.
+        config: of the run.
+        build: makes the loop.
         command: what started this, for the advice on how to go on; without it that names the configuration it writes.
+        with_reference: keep the starting weights, to compare with.
 
     Raises:
         NemoRLError: something the user can correct, or a failure during the run; checkpoints stay intact.
     """
-    config = loaded.config
     _check_can_sample(config)
     begun = start(config)
     if begun.earlier is not None:
@@ -63,9 +86,9 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig], command: Sequence[str] = ()) -
             environments = build_environments(config.env)
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)
-            with_reference = config.loss_fn.reference_policy_kl_penalty > 0
             worker = begun.worker(stack, PolicyWorker, model, with_reference=with_reference)
             policy = Policy(worker)
+            loop = build(begun, stack, model)
             info = begun.checkpoints.resume(policy, problems.loader)
             policy.publish(info.step)
         generator = ColocatedGenerator(worker)
@@ -75,13 +98,13 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig], command: Sequence[str] = ()) -
         )
         with begun.run(info) as run:
             if info.step == 0:
-                measure_before(config, run, rollouts, problems)
-            train_grpo(config, run, policy, rollouts, problems.loader)
+                measure_before(run, rollouts, problems)
+            loop(run, SampledParts(policy, rollouts, problems.loader))
             score = partial(rollouts.score, problems.test) if problems.test else None
             return finish(config, run, policy, begun.timer, score=score, first_step=info.step, command=command)
 
 
-def measure_before(config: GRPOConfig, run: Run, source: RolloutSource, problems: Problems) -> None:
+def measure_before(run: Run, source: RolloutSource, problems: Problems) -> None:
     """Measure what the base model can do, so that the run can be compared with it; resumed runs remember it."""
     sets = {"test": problems.test, **{f"base/{name}": tasks for name, tasks in problems.base_test.items()}}
     with run.phase("evaluate"):
@@ -98,45 +121,8 @@ def measure_before(config: GRPOConfig, run: Run, source: RolloutSource, problems
     run.begin(source.validate)
 
 
-def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
-    """Build the data sets and apply the chat template to what is small enough to be checked now.
-
-    Raises:
-        DataError: data are missing or malformed, a set is empty, or a prompt is too long.
-    """
-    data = config.data
-    prompt_format = read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file)
-    processor = TaskProcessor(tokenizer, prompt_format, config.max_prompt_tokens, data.too_long)
-    test = None if data.test is None else build_dataset(data.test, "test")
-    validation = None if data.validation is None else build_dataset(data.validation, "validation")
-    train = build_dataset(data.train, "train", held_out=test)
-    loader = TaskLoader(
-        train,
-        config.grpo.num_prompts_per_step,
-        processor,
-        shuffle=data.shuffle,
-        seed=config.grpo.seed,
-        num_workers=data.num_workers,
-    )
-
-    def tasks(dataset: TaskDataset | None, process: TaskProcessor, limit: int | None = None) -> tuple[Task, ...]:
-        if dataset is None:
-            return ()
-        usable = tuple(islice(one_pass(dataset, process), limit))
-        if not usable:
-            raise DataError("all prompts of a validation or test set are too long; raise data.max_input_seq_length")
-        return usable
-
-    base: dict[str, tuple[Task, ...]] = {}
-    if config.grpo.report_base_model and test is not None and isinstance(data.test, ArithmeticDataConfig):
-        others = {name: form for name, form in best_prompts().items() if form != processor.prompt_format}
-        for name, form in others.items():
-            base[name] = tasks(test, replace(processor, prompt_format=form, max_input_length=None))
-    return Problems(loader, tasks(validation, processor, config.grpo.max_val_samples), tasks(test, processor), base)
-
-
 def rollout_source(
-    config: GRPOConfig,
+    config: SampledRunConfig,
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingParams,
     generator: Sampler,
@@ -150,16 +136,16 @@ def rollout_source(
         environments=environments,
         decode=_decoder(tokenizer),
         sampling=sampling,
-        group_size=config.grpo.num_generations_per_prompt,
-        seed=config.grpo.seed,
-        max_failed_share=config.grpo.max_failed_group_share,
-        deadline_seconds=config.grpo.max_rollout_seconds,
+        group_size=config.loop.num_generations_per_prompt,
+        seed=config.loop.seed,
+        max_failed_share=config.loop.max_failed_group_share,
+        deadline_seconds=config.loop.max_rollout_seconds,
         validation=validation,
         runner=runner,
     )
 
 
-def sampling_params(config: GRPOConfig, end_tokens: Sequence[int]) -> SamplingParams:
+def sampling_params(config: SampledRunConfig, end_tokens: Sequence[int]) -> SamplingParams:
     """Everything about sampling, explicitly: the end tokens of the model and the stops of the configuration."""
     generation = config.policy.generation
     return SamplingParams(
@@ -177,7 +163,7 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Tensor], str]:
     return lambda token_ids: cast(str, tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _check_can_sample(config: GRPOConfig) -> None:
+def _check_can_sample(config: SampledRunConfig) -> None:
     """Refuse what there is no generation backend for."""
     generation = config.policy.generation
     if generation.backend != "hf":

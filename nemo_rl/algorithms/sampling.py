@@ -85,7 +85,7 @@ class RolloutSource:
         failed, total = len(collected.dropped), len(collected.dropped) + len(collected.groups)
         if failed > self.max_failed_share * total or failed == total:
             raise RolloutError(
-                f"{failed} of {total} groups of {where} failed and grpo.max_failed_group_share is "
+                f"{failed} of {total} groups of {where} failed and max_failed_group_share is "
                 f"{self.max_failed_share:g}; the first: {collected.dropped[0].message}"
             )
 

@@ -8,6 +8,7 @@ from nemo_rl.config.schema.generation import HFGenerationConfig
 from nemo_rl.config.schema.policy import OptimizerConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.run import RunConfig
+from nemo_rl.config.schema.sampled import SampledRunConfig
 
 type Rows = list[tuple[str, str]]
 
@@ -17,7 +18,7 @@ _FLOAT32 = 4
 def render_plan(config: RunConfig) -> str:
     """The batch plan and the memory estimate as text."""
     shape = model_shape(config.policy.model_name)
-    if isinstance(config, GRPOConfig):
+    if isinstance(config, SampledRunConfig):
         batch = ("batch plan, with prompts and answers of full length", batch_rows(config))
     else:
         batch = ("batch plan", example_rows(config))
@@ -49,9 +50,9 @@ class BatchPlan:
     largest: int
 
 
-def batch_plan(config: GRPOConfig) -> BatchPlan:
+def batch_plan(config: SampledRunConfig) -> BatchPlan:
     """Count the tokens of one step as `data.packing.micro_batches` cuts them: a group stays whole where it fits."""
-    policy, answers = config.policy, config.grpo.num_generations_per_prompt
+    policy, answers = config.policy, config.loop.num_generations_per_prompt
     prompt, answer = config.max_prompt_tokens, policy.generation.max_new_tokens
     shares = policy.share_prefixes and prompt >= policy.min_shared_prefix
 
@@ -66,21 +67,21 @@ def batch_plan(config: GRPOConfig) -> BatchPlan:
     return BatchPlan(
         generated=config.num_rollouts_per_step * answer,
         padded=config.num_rollouts_per_step * (prompt + answer),
-        computed=config.grpo.num_prompts_per_step * sum(map(cost, parts)),
+        computed=config.loop.num_prompts_per_step * sum(map(cost, parts)),
         minibatches=minibatches,
         microbatches=-(-groups * len(parts) // whole),
         largest=min(whole, groups) * cost(fitting),
     )
 
 
-def batch_rows(config: GRPOConfig) -> Rows:
+def batch_rows(config: SampledRunConfig) -> Rows:
     """The sizes of one step as text."""
-    grpo, policy, plan = config.grpo, config.policy, batch_plan(config)
+    loop, policy, plan = config.loop, config.policy, batch_plan(config)
     on_policy = "on-policy" if plan.minibatches == 1 else f"{policy.train_global_batch_size} rollouts each"
     return [
-        ("steps", f"{grpo.max_num_steps:,}"),
-        ("prompts per step", f"{grpo.num_prompts_per_step:,}"),
-        ("rollouts per step", f"{config.num_rollouts_per_step:,} ({grpo.num_generations_per_prompt} answers a prompt)"),
+        ("steps", f"{loop.max_num_steps:,}"),
+        ("prompts per step", f"{loop.num_prompts_per_step:,}"),
+        ("rollouts per step", f"{config.num_rollouts_per_step:,} ({loop.num_generations_per_prompt} answers a prompt)"),
         ("optimizer steps per step", f"{plan.minibatches:,} ({on_policy})"),
         ("micro-batches", f"{plan.microbatches:,} per optimizer step, of up to {plan.largest:,} tokens"),
         ("generated per step", f"{plan.generated:,} tokens ({policy.generation.max_new_tokens:,} an answer)"),
@@ -109,7 +110,7 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
     rows = [("model", f"{policy.model_name}: {shape.parameters:,} parameters, {policy.precision}")]
     rows += [(name, size(count)) for name, count in parts.items()]
     rows.append(("sum", size(sum(parts.values()))))
-    if isinstance(config, GRPOConfig) and not isinstance(config.policy.generation, HFGenerationConfig):
+    if isinstance(config, SampledRunConfig) and not isinstance(config.policy.generation, HFGenerationConfig):
         engine = config.policy.generation.vllm_cfg
         length = engine.max_model_len or policy.max_total_sequence_length
         graphs = "without" if engine.enforce_eager else "with"
@@ -123,7 +124,7 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
 def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     """Bytes by part of one copy that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
     policy, parameters = config.policy, shape.parameters
-    largest = batch_plan(config).largest if isinstance(config, GRPOConfig) else policy.train_mb_tokens
+    largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
     stored = 2 if policy.precision == "bfloat16" else _FLOAT32
     computed = _FLOAT32 if policy.precision == "float32" else 2
     parts = {
@@ -135,7 +136,7 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
         "activations": computed * largest * shape.activation_elements_per_token,
         "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
     }
-    if isinstance(config, GRPOConfig) and isinstance(config.policy.generation, HFGenerationConfig):
+    if isinstance(config, SampledRunConfig) and isinstance(config.policy.generation, HFGenerationConfig):
         generation = config.policy.generation
         sequences = min(generation.max_batch_size, config.num_rollouts_per_step)
         tokens = sequences * (config.max_prompt_tokens + generation.max_new_tokens)
@@ -169,7 +170,7 @@ def _has_reference(config: RunConfig) -> bool:
 def _placement(config: RunConfig) -> str:
     cluster = config.cluster
     gpus = f"{cluster.num_nodes} x {cluster.gpus_per_node} GPU(s)" if cluster.gpus_per_node else "no GPU asked for"
-    if not isinstance(config, GRPOConfig):
+    if not isinstance(config, SampledRunConfig):
         return f"{cluster.executor} executor, {gpus}"
     colocated = config.policy.generation.colocated
     if colocated.enabled:

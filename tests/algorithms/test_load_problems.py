@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nemo_rl.algorithms.launch import load_problems
+from nemo_rl.algorithms.problems import load_problems
 from nemo_rl.config.load import load_config
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from tiny_run import overrides, reward_file  # pyright: ignore[reportImplicitRelativeImport]

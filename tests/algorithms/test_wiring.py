@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 import nemo_rl.algorithms.start as starting
 from nemo_rl.algorithms.grpo import grpo_objective
-from nemo_rl.algorithms.launch import Problems, load_problems, rollout_source, sampling_params
+from nemo_rl.algorithms.launch import rollout_source, sampling_params
+from nemo_rl.algorithms.problems import Problems, load_problems
 from nemo_rl.algorithms.sampling import RolloutSource
 from nemo_rl.algorithms.start import worker_policy
 from nemo_rl.config.load import load_config
