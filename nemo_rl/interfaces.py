@@ -8,24 +8,28 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Completion, GenerationRequest, Message, Outcome
 from nemo_rl.metrics import Metrics
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads
 
 
 class Objective(Protocol):
     """A picklable function from per-token tensors to a per-token loss; it never reduces.
 
-    `tokens` is the micro-batch cut down to its M loss tokens (still jagged: `tokens.cu_seqlens` counts loss tokens,
-    every per-token column is [M]), so that everything aligns with `outputs`. The step sums `loss_weights * token_loss`.
+    `reads` says what it is given as `outputs`: `logprobs` the `TokenOutputs` of a language model, `distribution` its
+    `DistributionOutputs`, `values` the `ScalarOutputs` of a reward model or a critic. `tokens` is the micro-batch cut
+    down to its M loss tokens (still jagged: `tokens.cu_seqlens` counts loss tokens, every per-token column is [M]), so
+    that everything aligns with `outputs`. The step sums `loss_weights * token_loss`.
     """
 
-    def __call__(self, outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]: ...
+    reads: ClassVar[Reads]
+
+    def __call__(self, outputs: Any, tokens: TokenBatch, /) -> tuple[Tensor, Metrics]: ...
 
 
 class TrainingBackend(Protocol):
@@ -41,6 +45,10 @@ class TrainingBackend(Protocol):
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
+        ...
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N]: the value before each token where `loss_mask` is true, 0 elsewhere; for models with one."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

@@ -72,17 +72,15 @@ class Start:
             yield
 
     def worker(
-        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], *, with_reference: bool
+        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object
     ) -> WorkerHandle:
-        """Start the worker of the policy with the resources it needs."""
+        """Start a worker of a model, with the resources it needs and further arguments of its kind."""
         cluster = self.config.cluster
         executor = stack.enter_context(
             make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
         )
-        resources = Resources(
-            num_cpus=float(self.config.policy.num_threads or 1), num_gpus=float(cluster.gpus_per_node > 0)
-        )
-        return executor.start(kind, model.policy, model.source, with_reference=with_reference, resources=resources)
+        resources = Resources(num_cpus=float(model.policy.num_threads or 1), num_gpus=float(cluster.gpus_per_node > 0))
+        return executor.start(kind, model.policy, model.source, resources=resources, **arguments)
 
     def run(self, info: TrainingInfo) -> Run:
         """Open the records of the run, which goes on after `info`.

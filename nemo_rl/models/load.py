@@ -1,6 +1,7 @@
 """Models and tokenizers by name: a packaged one, a local folder or a hub name; one sentence for each way to fail."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -124,21 +126,64 @@ def load_causal_lm(
     Raises:
         ModelError: the files are missing, damaged or incomplete, or the architecture is not a causal language model.
     """
-    try:
+    with _loading(source, "a causal language model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )  # pyright: ignore[reportGeneralTypeIssues]
+    _check_complete(source, report["missing_keys"])
+    return model.to(device).train(), model.config
+
+
+def load_scalar_model(
+    source: str, *, dtype: torch.dtype, device: str | torch.device = "cpu", pad_token_id: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """Load a reward model, or a language model whose trunk is to become one; a head that is not there starts at zero.
+
+    Args:
+        source: what `resolve_model` returned.
+        dtype: of the weights in memory, whatever it is in the files.
+        device: where the model is put.
+        pad_token_id: for plain Transformers, whose classifiers read the last token that is no padding.
+
+    Returns:
+        An `AutoModelForSequenceClassification` with one label, and its configuration.
+
+    Raises:
+        ModelError: the files are missing, damaged or incomplete, or the architecture has no such form.
+    """
+    with _loading(source, "a model with a score"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=dtype, num_labels=1, output_loading_info=True
+        )
+    missing = set(report["missing_keys"])
+    if _SCORE in missing:
+        torch.nn.init.zeros_(model.get_parameter(_SCORE))
+    _check_complete(source, missing - {_SCORE})
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
+    return model.to(device).train(), model.config
+
+
+_SCORE = "score.weight"
+
+
+@contextmanager
+def _loading(source: str, what: str) -> Generator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise ModelError(
             f"a weight file of {source} is truncated or damaged ({error}); fetch the model again"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load a causal language model from {source}: {_first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"cannot load {what} from {source}: {_first_line(error)}") from error
+
+
+def _check_complete(source: str, missing: Collection[str]) -> None:
+    if missing:
         raise ModelError(
-            f"the weight files of {source} lack {len(missing)} tensors of its architecture, the first is {missing[0]}"
+            f"the weight files of {source} lack {len(missing)} tensors of its architecture, the first is {min(missing)}"
         )
-    return model.to(device).train(), model.config
 
 
 def model_identity(config: PreTrainedConfig) -> Identity:

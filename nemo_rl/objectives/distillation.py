@@ -1,6 +1,7 @@
 """Distillation: how far the student's next-token distributions are from the teacher's."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,6 +12,19 @@ from nemo_rl.errors import DataError
 
 _FLOOR = -100.0
 """Log-probability of what the teacher rules out: finite, so that reverse KL punishes it without being infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistributionOutputs:
+    """Whole next-token distributions at the M loss tokens of a micro-batch, as `chunked_distillation_loss` takes them.
+
+    Attributes:
+        hidden: [M, H] with gradient; row m predicts token m.
+        head: [m, H] -> logits float32 [m, V].
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
 
 
 def distillation_loss(

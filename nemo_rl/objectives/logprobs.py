@@ -8,7 +8,7 @@ bfloat16) and only the small gradient of the hidden states is added up, in float
 """
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,10 @@ _BUFFERS = 4
 """A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
 
 
+type Reads = Literal["logprobs", "distribution", "values"]
+"""What an objective is given: `TokenOutputs`, `distillation.DistributionOutputs` or `value.ScalarOutputs`."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutputs:
     """What the model says about the M loss tokens of a micro-batch.
@@ -30,10 +34,12 @@ class TokenOutputs:
     Attributes:
         policy_logprobs: float32 [M], with gradient.
         entropy: float32 [M] without gradient, of the next-token distribution that is sampled from.
+        values: float32 [M] with gradient, the value before each token; None without a value head.
     """
 
     policy_logprobs: Tensor
     entropy: Tensor
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ rejected sequence, which must stand in one micro-batch.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.metrics import Metrics
 from nemo_rl.objectives.jagged import sequence_column, sequence_means, sequence_sums, token_column
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from nemo_rl.objectives.policy import token_means
 from nemo_rl.objectives.value import ScalarOutputs
 
@@ -171,6 +171,8 @@ class PreferenceObjective:
         sft_average_logprobs: average it over the answer's tokens instead of adding up.
     """
 
+    reads: ClassVar[Reads] = "logprobs"
+
     kind: PairLoss = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -239,6 +241,8 @@ class KTOObjective:
         desirable_weight: see `kto_loss`.
         undesirable_weight: see `kto_loss`.
     """
+
+    reads: ClassVar[Reads] = "logprobs"
 
     beta: float = 0.1
     desirable_weight: float = 1.0

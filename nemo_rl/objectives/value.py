@@ -1,6 +1,7 @@
 """Values: advantages by generalised advantage estimation, the critic's loss and objective."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.metrics import Metrics
 from nemo_rl.objectives.jagged import token_column
+from nemo_rl.objectives.logprobs import Reads
 from nemo_rl.objectives.policy import token_means
 
 
@@ -104,6 +106,8 @@ class ValueObjective:
     Attributes:
         clip: see `value_loss`.
     """
+
+    reads: ClassVar[Reads] = "values"
 
     clip: float | None = 0.2
 

@@ -32,6 +32,10 @@ class Policy:
         """float32 [N], of the loss tokens under the current weights (within `reference`, under the frozen ones)."""
         return self._worker.call(self._logprobs, batch).result()
 
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N], the value before each loss token."""
+        return self._worker.call("values", batch).result()
+
     @contextmanager
     def reference(self) -> Generator[None]:
         """Within it, `logprobs` are those of the weights the run started from."""

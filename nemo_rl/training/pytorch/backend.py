@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
-from nemo_rl.models.causal_lm import CausalLM
-from nemo_rl.models.load import load_causal_lm, model_identity
+from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
+from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
+from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler, clip_grad_norm
@@ -50,6 +51,26 @@ def build_optimization(
     return optimizer, build_scheduler(optimizer, [_stage(link) for link in config.scheduler])
 
 
+type Head = Literal["language", "language_and_value", "scalar"]
+"""`language`: a policy; `language_and_value`: with a critic on its trunk; `scalar`: a reward model or a critic."""
+
+
+def _load(
+    config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase
+) -> CausalLM | ScalarModel:
+    """Load a model without dropout, which has no place in a ratio of probabilities."""
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    device = choose_device(config.device)
+    if head == "scalar":
+        module, _ = load_scalar_model(
+            source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
+        )
+        return ScalarModel.wrap(module.eval())
+    module, _ = load_causal_lm(source, dtype=dtype, device=device)
+    model = CausalLM.wrap(module.eval())
+    return model.with_value_head() if head == "language_and_value" else model
+
+
 class PyTorchBackend:
     """Holds the policy, its float32 master weights, the optimizer and the schedule (see `TrainingBackend`)."""
 
@@ -59,6 +80,7 @@ class PyTorchBackend:
         source: str,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        head: Head = "language",
         with_reference: bool = False,
     ) -> None:
         """Load the model.
@@ -67,13 +89,11 @@ class PyTorchBackend:
             config: the `policy` section; with `generation`, the distribution trained is the one sampled from.
             source: model folder or hub name (`nemo_rl.models.load.resolve_model`).
             tokenizer: saved with every checkpoint and export.
+            head: what stands on the trunk.
             with_reference: keep a frozen copy of the starting weights.
         """
-        pure = config.precision == "bfloat16"
-        module, self._hf_config = load_causal_lm(
-            source, dtype=torch.bfloat16 if pure else torch.float32, device=choose_device(config.device)
-        )
-        self.model = CausalLM.wrap(module.eval())  # dropout has no place in a ratio of probabilities
+        self.model = _load(config, source, head, tokenizer)
+        module = self.model.module
         self.autocast = torch.bfloat16 if config.precision == "bfloat16_autocast" else None
         self._config = config
         self._tokenizer = tokenizer
@@ -122,6 +142,14 @@ class PyTorchBackend:
         """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
         return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens)
 
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N]: the value before each token where `loss_mask` is true, 0 elsewhere.
+
+        Raises:
+            BackendError: the model has no head for it.
+        """
+        return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens, reads="values")
+
     @contextmanager
     def reference(self) -> Generator[None]:
         """Put the frozen starting weights in place of the current ones; no tensor is copied.
@@ -144,10 +172,11 @@ class PyTorchBackend:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights that the model computes with, by Hugging Face name, tied ones once."""
         for name, parameter in self.model.module.named_parameters():
-            yield name, parameter.detach()
+            if not name.startswith(VALUE_HEAD):
+                yield name, parameter.detach()
 
     def _state(self) -> TrainingState:
-        identity = model_identity(self._hf_config)
+        identity = model_identity(self.model.module.config)
         return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity)
 
     def save(self, folder: Path) -> None:
