@@ -122,10 +122,10 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _explain(key: str) -> None:
-    from nemo_rl.config.explain import explain
-    from nemo_rl.config.schema.algorithms import GRPOConfig
+    from nemo_rl.config.explain import explain_any
+    from nemo_rl.config.schema.registry import COMMANDS
 
-    sys.stdout.write(f"{explain(key, GRPOConfig)}\n")
+    sys.stdout.write(f"{explain_any(key, COMMANDS)}\n")
 
 
 def _migrate(file: str) -> None:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_rl.config.load import LoadedConfig, dump_config, load_config
-from nemo_rl.config.migrate import SCHEMAS
 from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.registry import COMMANDS
 from nemo_rl.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
@@ -32,7 +32,7 @@ def error_of(path: str | Path | None = None, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_loads_and_its_dump_loads_to_the_same(path: Path, tmp_path: Path) -> None:
-    kind = SCHEMAS[path.stem.split("_")[0]]
+    kind = COMMANDS[path.stem.split("_")[0]]
     config = load_config(path, (), kind).config
     assert load_config(write(tmp_path, "dump.yaml", dump_config(config)), (), kind).config == config
 
