@@ -19,10 +19,12 @@ from nemo_rl.config.load import LoadedConfig
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.data import ArithmeticDataConfig
 from nemo_rl.data.datasets.arithmetic import best_prompts
-from nemo_rl.data.datasets.registry import build_dataset
+from nemo_rl.data.datasets.registry import build_dataset, load_tasks
+from nemo_rl.data.datasets.streams import Source, held
+from nemo_rl.data.lengths import UNCACHED, LengthCache, LengthFilter
 from nemo_rl.data.loader import TaskLoader, one_pass
 from nemo_rl.data.processors import TaskProcessor, read_prompt_format
-from nemo_rl.data.types import SamplingParams, Task, TaskDataset
+from nemo_rl.data.types import SamplingParams, Task
 from nemo_rl.environments.registry import build_environments
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.interfaces import Environment, Sampler
@@ -59,7 +61,7 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig], command: Sequence[str] = ()) -
     with begun.loading() as stack:
         with begun.phase("load"):
             model = load_model(config.policy)
-            problems = load_problems(config, model.tokenizer)
+            problems = load_problems(config, model.tokenizer, begun.lengths)
             environments = build_environments(config.env)
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)
@@ -98,8 +100,17 @@ def measure_before(config: GRPOConfig, run: Run, source: RolloutSource, problems
     run.begin(source.validate)
 
 
-def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
+def load_problems(
+    config: GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: LengthCache = UNCACHED,
+) -> Problems:
     """Build the data sets and apply the chat template to what is small enough to be checked now.
+
+    Args:
+        config: of the run.
+        tokenizer: whose chat template is applied.
+        lengths: keeps the token counts of `data.too_long: filter`.
 
     Raises:
         DataError: data are missing or malformed, a set is empty, or a prompt is too long.
@@ -108,8 +119,10 @@ def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
     prompt_format = read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file)
     processor = TaskProcessor(tokenizer, prompt_format, config.max_prompt_tokens, data.too_long)
     test = None if data.test is None else build_dataset(data.test, "test")
-    validation = None if data.validation is None else build_dataset(data.validation, "validation")
-    train = build_dataset(data.train, "train", held_out=test)
+    train, validation = load_tasks(data, seed=config.grpo.seed, held_out=test)
+    if data.too_long == "filter":
+        shorter = LengthFilter(config.max_prompt_tokens, tokenizer, lengths, data.num_workers)
+        train = shorter.fitting(held(train, "too_long=filter cannot measure"), processor.length, (prompt_format,))
     loader = TaskLoader(
         train,
         config.grpo.num_prompts_per_step,
@@ -119,7 +132,7 @@ def load_problems(config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
         num_workers=data.num_workers,
     )
 
-    def tasks(dataset: TaskDataset | None, process: TaskProcessor, limit: int | None = None) -> tuple[Task, ...]:
+    def tasks(dataset: Source[Task] | None, process: TaskProcessor, limit: int | None = None) -> tuple[Task, ...]:
         if dataset is None:
             return ()
         usable = tuple(islice(one_pass(dataset, process), limit))
