@@ -82,7 +82,7 @@ def launch_sampled(
     with begun.loading() as stack:
         with begun.phase("load"):
             model = load_model(config.policy)
-            problems = load_problems(config, model.tokenizer)
+            problems = load_problems(config, model.tokenizer, begun.lengths)
             environments = build_environments(config.env)
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)

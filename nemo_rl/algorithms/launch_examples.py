@@ -16,6 +16,7 @@ from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.run import ExampleRunConfig
 from nemo_rl.config.schema.sft import SFTConfig
+from nemo_rl.data.lengths import UNCACHED, LengthCache
 from nemo_rl.data.supervised import Supervision, prepare_examples, prepare_preferences
 from nemo_rl.objectives.preference import KTOObjective
 from nemo_rl.workers.handles import Policy
@@ -34,6 +35,7 @@ class Prepare[Item, Ready](Protocol):
         max_length: int,
         seed: int,
         max_val_samples: int | None = None,
+        lengths: LengthCache = UNCACHED,
     ) -> Supervision[Item, Ready]: ...
 
 
@@ -86,6 +88,7 @@ def _launch[Item, Ready](
                 max_length=config.max_sequence_tokens,
                 seed=config.loop.seed,
                 max_val_samples=config.loop.max_val_samples,
+                lengths=begun.lengths,
             )
             policy = Policy(begun.worker(stack, TrainWorker, model, with_reference=with_reference))
             info = begun.checkpoints.resume(policy, data.loader)

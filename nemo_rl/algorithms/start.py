@@ -18,6 +18,7 @@ from nemo_rl.config.load import dump_config
 from nemo_rl.config.schema.cluster import ClusterConfig
 from nemo_rl.config.schema.policy import TrainedPolicyConfig
 from nemo_rl.config.schema.run import RunConfig
+from nemo_rl.data.lengths import LengthCache
 from nemo_rl.distributed.cache import cache_dir
 from nemo_rl.distributed.executor import make_executor
 from nemo_rl.errors import ConfigError
@@ -70,6 +71,11 @@ class Start:
         """Count and show the time of a phase."""
         with self.timer.phase(name), self.console.phase(name):
             yield
+
+    @property
+    def lengths(self) -> LengthCache:
+        """Keeps token counts from one run to the next."""
+        return LengthCache(cache_dir() / "token_lengths", self.console.track)
 
     def worker(
         self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object

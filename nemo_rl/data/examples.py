@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from nemo_rl.data.chat import check_spoken, encode_conversation
+from nemo_rl.data.chat import PromptFormat, check_readable, check_spoken, encode_conversation
 from nemo_rl.data.types import Chat, ChatPair, Example, Message, Preference, Tool
 from nemo_rl.errors import DataError
 
@@ -24,22 +24,27 @@ class ChatEncoder:
         tokenizer: whose chat template is applied.
         roles: whose words of a conversation are learnt; of a pair it is always the two answers.
         max_length: the most tokens a sequence may have; None sets no limit.
-        too_long: what happens to a longer one: `error` stops, `skip` passes over the record.
+        too_long: what happens to a longer one: `error` stops, all else passes over the record.
+        prompt_format: what surrounds the first words of the user, where a record does not say.
     """
 
     tokenizer: PreTrainedTokenizerBase
     roles: frozenset[str] = frozenset({"assistant"})
     max_length: int | None = None
-    too_long: Literal["error", "skip"] = "error"
+    too_long: Literal["error", "skip", "filter"] = "error"
+    prompt_format: PromptFormat = field(default_factory=PromptFormat)
 
     def example(self, chat: Chat) -> Example | None:
         """Encode a conversation; of a judged one, only the last message is learnt. None for one to be skipped.
 
         Raises:
-            DataError: it has nothing to learn, the template cannot write it, or it is too long and that is an error.
+            DataError: it has nothing to learn, shows images, the template cannot write it, or it is too long and that
+                is an error.
         """
-        num_given = 0 if chat.desirable is None else len(chat.messages) - 1
-        example = self._encode(chat.messages, self.roles, chat.tools, num_given, chat.index)
+        check_readable(chat.images, f"record {chat.index}")
+        messages = self.prompt_format.with_own(chat.template, chat.system_prompt).around(chat.messages)
+        num_given = 0 if chat.desirable is None else len(messages) - 1
+        example = self._encode(messages, self.roles, chat.tools, num_given, chat.index)
         return example and replace(example, desirable=chat.desirable)
 
     def preference(self, pair: ChatPair) -> Preference | None:
@@ -49,10 +54,10 @@ class ChatEncoder:
             DataError: an answer is empty, both are the same tokens, the template cannot write them, or one is too long
                 and that is an error.
         """
-        answers = (pair.chosen, pair.rejected)
+        prompt = self.prompt_format.with_own(pair.template, pair.system_prompt).around(pair.prompt)
         encoded = [
-            self._encode((*pair.prompt, *answer), _ASSISTANT, pair.tools, len(pair.prompt), pair.index)
-            for answer in answers
+            self._encode((*prompt, *answer), _ASSISTANT, pair.tools, len(prompt), pair.index)
+            for answer in (pair.chosen, pair.rejected)
         ]
         match encoded:
             case [Example() as chosen, Example() as rejected]:
@@ -65,6 +70,21 @@ class ChatEncoder:
             case _:
                 return None
 
+    def example_length(self, chat: Chat) -> int:
+        """Tokens of a conversation, however many."""
+        made = replace(self, max_length=None).example(chat)
+        return 0 if made is None else len(made.token_ids)
+
+    def preference_length(self, pair: ChatPair) -> int:
+        """Tokens of the longer conversation of a pair, however many."""
+        made = replace(self, max_length=None).preference(pair)
+        return 0 if made is None else max(len(made.chosen.token_ids), len(made.rejected.token_ids))
+
+    @property
+    def about(self) -> tuple[object, ...]:
+        """What decides the lengths besides the records and the tokenizer."""
+        return (self.prompt_format,)
+
     def _encode(
         self, messages: Sequence[Message], roles: frozenset[str], tools: Sequence[Tool], num_given: int, index: int
     ) -> Example | None:
@@ -76,7 +96,7 @@ class ChatEncoder:
         except DataError as error:
             raise DataError(f"record {index}: {error}") from error
         if self.max_length is not None and len(token_ids) > self.max_length:
-            if self.too_long == "skip":
+            if self.too_long != "error":
                 return None
             raise DataError(
                 f"record {index} has {len(token_ids)} tokens and the limit is {self.max_length}; raise "

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
@@ -74,6 +74,7 @@ class Console:
         self._step_seconds: deque[float] = deque(maxlen=10)
         self._figures: list[str] = []
         self._phases: list[tuple[str, float]] = []
+        self._work: tuple[str, int, int] | None = None
         self._live = Live(console=self._rich, get_renderable=self._view, refresh_per_second=4)
 
     def __enter__(self) -> "Console":
@@ -107,6 +108,15 @@ class Console:
             yield
         finally:
             del self._phases[-1:]
+
+    def track[Item](self, items: Iterable[Item], name: str, total: int) -> Iterator[Item]:
+        """Go through `total` items; on a terminal a bar of its own shows how many there were."""
+        try:
+            for done, item in enumerate(items):
+                self._work = (name, done, total)
+                yield item
+        finally:
+            self._work = None
 
     def begin_steps(self) -> None:
         """Start the clock of the steps, so that what came before them does not count in the time left."""
@@ -203,6 +213,9 @@ class Console:
             ProgressBar(total=self._total_steps, completed=self._step, complete_style="cyan"),
             Text(self._time_left(), "dim"),
         )
+        if self._work is not None:
+            name, done, total = self._work
+            bar.add_row(name, ProgressBar(total=total, completed=done, complete_style="cyan"), f"{done:,}/{total:,}")
         bar.width = width
         figures = Text("   ".join(self._figures))
         for name, since in self._phases[-1:]:
