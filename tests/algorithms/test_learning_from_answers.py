@@ -100,6 +100,41 @@ def test_sft_resumes_to_the_same_bits(tiny_llama: Path, tmp_path: Path) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
+def test_sft_ends_with_its_epochs(tiny_llama: Path, tmp_path: Path) -> None:
+    """Batches of 4 of 6 conversations: the first epoch ends within the second batch, the second with the third."""
+    for epochs, last_step in ((1, 2), (2, 3)):
+        given = settings(tiny_llama, tmp_path / str(epochs), f"sft.max_num_epochs={epochs}", "data.train.num_samples=6")
+        outcome = launch_sft(load_config(None, [*given, "sft.val_at_start=false"], SFTConfig))
+        assert outcome.finished and outcome.step == last_step
+
+
+def test_early_stopping_survives_a_resume_and_says_so(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a learning rate no validation beats the one before the first step."""
+    rule = ("sft.early_stopping.patience=3", "sft.val_period=1", "sft.val_at_start=true")
+    still = ("policy.optimizer={name: torch.optim.SGD, kwargs: {lr: 0.0}}", *rule)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fine_tune(tiny_llama, parts, 2, *still)
+    for folder in (whole, parts):
+        given = settings(tiny_llama, folder, "sft.max_num_steps=9", *still)
+        outcome = launch_sft(load_config(None, given, SFTConfig))
+        assert outcome.finished and outcome.step == 3
+    assert records(parts) == records(whole)
+    summary = json.loads((parts / "summary.json").read_text())
+    loss = f"{summary['validation_before']['loss']:.4g}"
+    assert summary["ended"] == f"val:loss has not improved on {loss} in 3 validations"
+    assert summary["validation_before"] == summary["validation_after"] == outcome.validation_after
+    printed = capsys.readouterr().out.splitlines()
+    assert f"ended            {summary['ended']}" in printed
+    assert printed[-1].endswith("sft.early_stopping.patience=6")
+    again = settings(tiny_llama, parts, "sft.max_num_steps=9", *still)
+    assert launch_sft(load_config(None, again, SFTConfig)) == outcome
+    assert "in 3 validations; raise sft.max_num_steps" in capsys.readouterr().out
+    more = [*again, "sft.early_stopping.patience=6", "sft.max_num_steps=5"]
+    assert launch_sft(load_config(None, more, SFTConfig)).step == 5
+
+
 def test_dpo_starts_at_ln_2_and_learns_and_the_wrong_sign_does_not(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +173,8 @@ def test_a_pair_is_never_split_while_it_fits() -> None:
         ("dpo.preference_loss_weight=0", "are both 0, so nothing is learnt"),
         ("dpo.label_smoothing=0.5", "less than 0.5"),
         ("dpo.preference_loss=dop", "did you mean 'dpo'"),
+        ("dpo.early_stopping.patience=2", "val_period = 0 makes none"),
+        ("dpo.early_stopping.metric_name=train:loss", "early_stopping.metric_name"),
         ("policy.generation={backend: hf}", "unknown key policy.generation"),
     ],
 )

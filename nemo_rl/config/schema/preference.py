@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from nemo_rl.config.schema.base import PositiveFloat, conflict
-from nemo_rl.config.schema.run import ExampleRunConfig, LoopConfig
+from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig
 
 
-class PreferenceLoopConfig(LoopConfig):
+class PreferenceLoopConfig(ExampleLoopConfig):
     """The preference loss, and steps, validation and seed of the loop."""
 
     preference_loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "kto"] = "dpo"
@@ -58,7 +58,7 @@ class DPOConfig(ExampleRunConfig):
     """The preference loss, and steps, validation and seed of the loop."""
 
     @property
-    def loop(self) -> LoopConfig:
+    def loop(self) -> PreferenceLoopConfig:
         """The section `dpo`."""
         return self.dpo
 
