@@ -201,7 +201,9 @@ class Run:
             timing["timing/environment_seconds"] = Sum(collected.environment_seconds)
         timing["timing/step_seconds"] = Sum(elapsed)
         timing["timing/tokens_per_second"] = Sum(num_tokens / elapsed)
-        worked_on = {"generate": "train/tokens_sampled", "logprobs": "train/tokens", "train": "train/tokens"}
+        worked_on = {"train": "train/tokens"}
+        if collected is not None:  # the log-probabilities of given answers may be known already
+            worked_on |= {"generate": "train/tokens_sampled", "logprobs": "train/tokens"}
         for phase, tokens in worked_on.items():
             if tokens in metrics and seconds.get(phase):
                 timing[f"timing/{phase}_tokens_per_second"] = Sum(metrics[tokens].value / seconds[phase])

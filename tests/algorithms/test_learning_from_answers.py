@@ -16,13 +16,19 @@ from nemo_rl.config.load import load_config
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.sft import SFTConfig
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.examples import ChatEncoder
 from nemo_rl.data.packing import micro_batches
-from nemo_rl.data.types import Example, Preference
+from nemo_rl.data.types import ChatPair, Example, Message, Preference
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.interfaces import Objective
+from nemo_rl.models.load import load_tokenizer
 from nemo_rl.objectives.preference import PreferenceObjective, pair_indices
 from nemo_rl.objectives.supervised import SupervisedObjective
 from tiny_run import records, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
+
+
+CONVERSATION = (("user", "0?"), ("assistant", "yes"), ("assistant", "no"))
+"""A pair as long as each of those that `prefer` trains on."""
 
 
 class Negated:
@@ -144,6 +150,23 @@ def test_dpo_starts_at_ln_2_and_learns_and_the_wrong_sign_does_not(
     wrong = prefer(tiny_llama, tmp_path / "wrong", 6)
     assert float(learnt[-1]["train/preference_loss"] or 0) < 0.65 < float(wrong[-1]["train/preference_loss"] or 0)
     assert (learnt[-1]["train/accuracy"], wrong[-1]["train/accuracy"]) == (1, 0)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_answers_of_a_pair_share_their_prompt(tiny_llama: Path, tmp_path: Path, share: bool) -> None:
+    """One pair a step; the last token of an answer predicts nothing and is not computed."""
+    one = ("policy.train_global_batch_size=1", f"policy.share_prefixes={str(share).lower()}")
+    step = prefer(tiny_llama, tmp_path / "run", 1, *one)[0]
+    encode = ChatEncoder(load_tokenizer(str(tiny_llama)))
+    prompt, yes, no = (Message(role=role, content=text) for role, text in CONVERSATION)
+    pair = encode.preference(ChatPair((prompt,), (yes,), (no,)))
+    assert pair is not None
+    prompt_length = int(pair.chosen.loss_mask.int().argmax())
+    inputs = [int(example.loss_mask.nonzero()[-1]) for example in (pair.chosen, pair.rejected)]
+    assert prompt_length > 20 and torch.equal(
+        pair.chosen.token_ids[:prompt_length], pair.rejected.token_ids[:prompt_length]
+    )
+    assert step["train/tokens_computed"] == sum(inputs) - (prompt_length if share else 0)
 
 
 def test_a_pair_is_never_split_while_it_fits() -> None:

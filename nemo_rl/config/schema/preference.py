@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nemo_rl.config.schema.base import PositiveFloat, conflict
+from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, conflict
 from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig
 
 
@@ -41,6 +41,10 @@ class PreferenceLoopConfig(ExampleLoopConfig):
 
     undesirable_weight: PositiveFloat = 1.0
     """For `kto`: weight of bad answers."""
+
+    reference_cache_mib: NonNegativeInt = 1024
+    """Keep the reference's log-probabilities in up to so many MiB of the driver's memory, so that those of a record are
+    computed once (4 bytes a token of an answer, 256 an answer); 0 computes them every time."""
 
     @property
     def needs_reference(self) -> bool:
