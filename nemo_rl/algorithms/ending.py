@@ -39,7 +39,9 @@ def after_validation(info: TrainingInfo, rule: EarlyStoppingConfig, figures: Map
     if name not in figures:
         close = difflib.get_close_matches(name, figures, n=1)
         advice = f"did you mean val:{close[0]}?" if close else f"it has {', '.join(sorted(figures))}"
-        raise ConfigError(f"early_stopping.metric_name is {rule.metric_name} and the validation has no {name}; {advice}")
+        raise ConfigError(
+            f"early_stopping.metric_name is {rule.metric_name} and the validation has no {name}; {advice}"
+        )
     sign = 1 if rule.higher_is_better else -1
     best = info.best.get(rule.metric_name, -sign * math.inf)
     if sign * (figures[name] - best) > rule.min_delta:

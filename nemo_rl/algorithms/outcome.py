@@ -117,7 +117,9 @@ def finish(
         accuracy_base_best_prompt=summary.accuracy_base_best_prompt,
         rows=_rows(config, run, summary, export if finished else None, command),
     )
-    return Outcome(run.checkpoints.folder, run.step, finished, run.interrupted and not finished, **scores, **validations)
+    return Outcome(
+        run.checkpoints.folder, run.step, finished, run.interrupted and not finished, **scores, **validations
+    )
 
 
 def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, command: Sequence[str]) -> dict[str, str]:

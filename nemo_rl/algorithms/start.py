@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.algorithms.checkpoints import Checkpoints, TrainingInfo
-from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
 from nemo_rl.algorithms.ending import end_of
+from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
 from nemo_rl.algorithms.run import Run
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import dump_config

@@ -1,15 +1,12 @@
-"""SFT and preference training on a tiny model: known first losses, convergence, resuming, and what is refused."""
+"""SFT and preference training on a tiny model: known first losses, limits, resuming, and what is refused."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import nemo_rl.algorithms.launch_examples as launching
-import nemo_rl.algorithms.sft as sft
 from nemo_rl.algorithms.launch_examples import launch_preference, launch_sft
 from nemo_rl.algorithms.preference import preference_objective
 from nemo_rl.config.load import load_config
@@ -20,32 +17,12 @@ from nemo_rl.data.examples import ChatEncoder
 from nemo_rl.data.packing import micro_batches
 from nemo_rl.data.types import ChatPair, Example, Message, Preference
 from nemo_rl.errors import ConfigError, DataError
-from nemo_rl.interfaces import Objective
 from nemo_rl.models.load import load_tokenizer
-from nemo_rl.objectives.preference import PreferenceObjective, pair_indices
-from nemo_rl.objectives.supervised import SupervisedObjective
+from nemo_rl.objectives.preference import pair_indices
 from tiny_run import records, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
-
 
 CONVERSATION = (("user", "0?"), ("assistant", "yes"), ("assistant", "no"))
 """A pair as long as each of those that `prefer` trains on."""
-
-
-class Negated:
-    """The same metrics with the loss the wrong way round."""
-
-    def __init__(self, objective: Objective) -> None:
-        self._objective = objective
-
-    def __call__(self, *given: Any) -> Any:
-        loss, metrics = self._objective(*given)
-        return -loss, metrics
-
-
-class NegatedPreference(PreferenceObjective):
-    def __call__(self, *given: Any) -> Any:
-        loss, metrics = super().__call__(*given)
-        return -loss, metrics
 
 
 def settings(model: Path, folder: Path, *more: str) -> list[str]:
@@ -85,15 +62,10 @@ def prefer(model: Path, folder: Path, steps: int, *more: str) -> list[dict[str, 
     return records(folder)
 
 
-def test_sft_learns_and_the_wrong_sign_does_not(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learnt = fine_tune(tiny_llama, tmp_path / "right", 12)
-    assert learnt[0]["val/loss"] == pytest.approx(math.log(49152), rel=0.01)  # random: all tokens alike
-    monkeypatch.setattr(sft, "SupervisedObjective", lambda: Negated(SupervisedObjective()))
-    wrong = fine_tune(tiny_llama, tmp_path / "wrong", 12, "sft.val_at_end=false")
-    threshold = 0.85 * math.log(49152)
-    assert float(learnt[-1]["val/loss"] or 0) < threshold < float(wrong[-1]["train/nll"] or 0)
+def test_sft_starts_where_all_tokens_are_alike_to_a_random_model(tiny_llama: Path, tmp_path: Path) -> None:
+    first, *_, last = fine_tune(tiny_llama, tmp_path / "run", 1)
+    assert first["val/loss"] == pytest.approx(math.log(49152), rel=0.01)
+    assert float(last["val/loss"] or 0) < float(first["val/loss"] or 0)
 
 
 def test_sft_resumes_to_the_same_bits(tiny_llama: Path, tmp_path: Path) -> None:
@@ -141,15 +113,11 @@ def test_early_stopping_survives_a_resume_and_says_so(
     assert launch_sft(load_config(None, more, SFTConfig)).step == 5
 
 
-def test_dpo_starts_at_ln_2_and_learns_and_the_wrong_sign_does_not(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learnt = prefer(tiny_llama, tmp_path / "right", 6)
-    assert learnt[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
-    monkeypatch.setattr(launching, "preference_objective", lambda config: NegatedPreference())
-    wrong = prefer(tiny_llama, tmp_path / "wrong", 6)
-    assert float(learnt[-1]["train/preference_loss"] or 0) < 0.65 < float(wrong[-1]["train/preference_loss"] or 0)
-    assert (learnt[-1]["train/accuracy"], wrong[-1]["train/accuracy"]) == (1, 0)
+def test_dpo_starts_at_ln_2(tiny_llama: Path, tmp_path: Path) -> None:
+    """The policy is its own reference then, and every pair a tie."""
+    first, *_, last = prefer(tiny_llama, tmp_path / "run", 2)
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["train/accuracy"] == 0.5 and float(last["train/loss"] or 1) < math.log(2) - 1e-3
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -230,15 +198,15 @@ def test_a_loss_setting_arrives_in_the_objective(setting: str, field: str, value
     assert getattr(objective, field) == value
 
 
-def test_kto_starts_at_a_half_and_learns_from_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
+def test_kto_starts_at_a_half(tiny_llama: Path, tmp_path: Path) -> None:
     """With the policy at the reference every ratio and the reference point are 0, and 1 - sigmoid(0) is a half."""
     rows = [{"prompt": f"{i}?", "completion": "no" if i % 2 else "yes", "label": i % 2 == 0} for i in range(8)]
     (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = f"data.train={{name: local, path: '{tmp_path / 'judged.jsonl'}', format: {{type: judged}}}}"
     off = ("data.validation=null", "dpo.val_at_start=false", "dpo.val_at_end=false")
-    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.max_num_steps=8", data, *off)
+    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.max_num_steps=2", data, *off)
     given.remove("data.validation.num_samples=8")
     launch_preference(load_config(None, given, DPOConfig))
     steps = records(tmp_path / "run")
     assert steps[0]["train/loss"] == pytest.approx(0.5, abs=1e-5)
-    assert float(steps[-1]["train/loss"] or 0) < 0.49
+    assert float(steps[-1]["train/loss"] or 1) < 0.499

@@ -79,9 +79,7 @@ def test_in_other_batches_nothing_but_rounding_changes(tiny_llama: Path, tmp_pat
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
-def test_a_resumed_run_fills_its_memory_anew(
-    tiny_llama: Path, tmp_path: Path, given_to_reference: list[int]
-) -> None:
+def test_a_resumed_run_fills_its_memory_anew(tiny_llama: Path, tmp_path: Path, given_to_reference: list[int]) -> None:
     whole = three_epochs(tiny_llama, tmp_path / "whole", "data.shuffle=false")
     given_to_reference.clear()
     settings = [f"checkpointing.checkpoint_dir={tmp_path / 'parts'}", "data.shuffle=false"]
