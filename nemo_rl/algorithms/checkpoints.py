@@ -47,15 +47,19 @@ class TrainingInfo:
     Attributes:
         step: steps done.
         metrics: figures of that step by `train/NAME` and `val/NAME`; one of them ranks the checkpoint.
-        before: what the model could do before the first step, by `SET/accuracy` and `SET/reward`, so that a resumed run
-            need not measure again.
+        before: what the model could do before the first step, by `SET/FIGURE` (`test/accuracy`, `val/loss`), so that a
+            resumed run need not measure again.
         epochs: whole passes over the data done.
+        best: the best validation so far, by the name of the metric that early stopping watches.
+        num_worse: validations since then.
     """
 
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     before: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 0
+    best: Mapping[str, float] = field(default_factory=dict)
+    num_worse: int = 0
 
 
 class Checkpoints:

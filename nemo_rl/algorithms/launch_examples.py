@@ -49,9 +49,9 @@ def launch_preference(loaded: LoadedConfig[DPOConfig], command: Sequence[str] = 
     config = loaded.config
     objective = preference_objective(config.dpo)
     if isinstance(objective, KTOObjective):
-        train = partial(train_on_judged, objective=objective)
+        train = partial(train_on_judged, config.dpo, objective=objective)
         return _launch(config, prepare_examples, train, command, with_reference=True)
-    train = partial(train_on_pairs, objective=objective)
+    train = partial(train_on_pairs, config.dpo, objective=objective)
     return _launch(config, prepare_preferences, train, command, with_reference=objective.needs_reference)
 
 

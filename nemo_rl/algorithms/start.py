@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.algorithms.checkpoints import Checkpoints, TrainingInfo
+from nemo_rl.algorithms.ending import end_of
 from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
-from nemo_rl.algorithms.run import Run, is_used_up
+from nemo_rl.algorithms.run import Run
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import dump_config
 from nemo_rl.config.schema.cluster import ClusterConfig
@@ -123,11 +124,12 @@ def start(config: RunConfig) -> Start:
         sample_period=config.logger.print_sample_period,
     )
     earlier = earlier_outcome(checkpoints.folder, latest.step)
-    if earlier is not None and is_used_up(config.loop, latest.step, latest.epochs):
+    end = end_of(config.loop, latest)
+    if earlier is not None and end is not None:
         console.note(
-            f"{checkpoints.folder} holds this run, finished after step {latest.step}: raise "
-            f"{config.algorithm}.max_num_steps (or max_num_epochs) to go on, or choose another "
-            "checkpointing.checkpoint_dir to start afresh"
+            f"{checkpoints.folder} holds this run, finished after step {latest.step}: {end}; raise "
+            f"{config.algorithm}.max_num_steps (or max_num_epochs, or early_stopping.patience) to go on, or choose "
+            "another checkpointing.checkpoint_dir to start afresh"
         )
     else:
         earlier = None

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TextIO
 
 import rich.console
@@ -150,11 +151,14 @@ class Console:
         accuracy_base_best_prompt: float | None = None,
         reward_before: float | None = None,
         reward_after: float | None = None,
+        validation_before: Mapping[str, float] = MappingProxyType({}),
+        validation_after: Mapping[str, float] = MappingProxyType({}),
         rows: Mapping[str, str],
     ) -> None:
         """Take the bar away and print the outcome: accuracies, then `rows` (label to path, command or remark).
 
-        The rewards have a row where they say something else than the accuracies.
+        The rewards have a row where they say something else than the accuracies, and so has each figure of the
+        validation.
 
         A row is never cut or folded, so that a path or a command can be copied whole.
         """
@@ -166,11 +170,13 @@ class Console:
             outcome["reward"] = self._change(reward_before, reward_after)
         if accuracy_base_best_prompt is not None:
             outcome["base, best prompt"] = f"{accuracy_base_best_prompt:.3f}"
+        for name, after in validation_after.items():
+            outcome[f"validation {name}"] = self._change(validation_before.get(name), after)
         outcome |= rows
         width = max(map(len, outcome))
         self._rich.print()
         for label, text in outcome.items():
-            style = "bold green" if label == "accuracy" else ""
+            style = "bold green" if label == "accuracy" or label.startswith("validation ") else ""
             line = Text.assemble((label.ljust(width + 2), "dim"), (_printable(text), style))
             self._rich.print(line, soft_wrap=True)
 

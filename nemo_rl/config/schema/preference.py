@@ -4,11 +4,11 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nemo_rl.config.schema.base import PositiveFloat, conflict
-from nemo_rl.config.schema.run import ExampleRunConfig, LoopConfig
+from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, conflict
+from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig
 
 
-class PreferenceLoopConfig(LoopConfig):
+class PreferenceLoopConfig(ExampleLoopConfig):
     """The preference loss, and steps, validation and seed of the loop."""
 
     preference_loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "kto"] = "dpo"
@@ -42,6 +42,10 @@ class PreferenceLoopConfig(LoopConfig):
     undesirable_weight: PositiveFloat = 1.0
     """For `kto`: weight of bad answers."""
 
+    reference_cache_mib: NonNegativeInt = 1024
+    """Keep the reference's log-probabilities in up to so many MiB of the driver's memory, so that those of a record are
+    computed once (4 bytes a token of an answer, 256 an answer); 0 computes them every time."""
+
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the weights that the policy started from."""
@@ -58,7 +62,7 @@ class DPOConfig(ExampleRunConfig):
     """The preference loss, and steps, validation and seed of the loop."""
 
     @property
-    def loop(self) -> LoopConfig:
+    def loop(self) -> PreferenceLoopConfig:
         """The section `dpo`."""
         return self.dpo
 
