@@ -40,7 +40,7 @@ def load_problems(config: SampledRunConfig, tokenizer: PreTrainedTokenizerBase) 
     train = build_dataset(data.train, "train", held_out=test)
     loader = TaskLoader(
         train,
-        config.loop.num_prompts_per_step,
+        config.num_prompts_per_draw,
         processor,
         shuffle=data.shuffle,
         seed=config.loop.seed,
