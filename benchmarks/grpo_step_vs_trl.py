@@ -48,7 +48,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemo_rl.algorithms.grpo import grpo_objective
 from nemo_rl.algorithms.launch import sampling_params
-from nemo_rl.algorithms.policy_batch import minibatches, policy_batch
+from nemo_rl.algorithms.policy_batch import minibatches, policy_batch, with_advantages
 from nemo_rl.algorithms.problems import load_problems
 from nemo_rl.algorithms.sampling import RolloutSource
 from nemo_rl.config.load import load_config
@@ -153,12 +153,14 @@ class OurTrainer:
     def step(self) -> int:
         """Train once and return the number of tokens sampled."""
         collected = self._source.groups(self._batches[self._step], self._step + 1)
-        batch, metrics = policy_batch(self._config, collected.groups, version=self._step)
+        longest = self._source.sampling.max_new_tokens
+        batch, _ = policy_batch(self._config.grpo, collected.groups, max_new_tokens=longest, version=self._step)
+        batch, _ = with_advantages(self._config, batch)
         self._step += 1
         for part in minibatches(self._config, batch):
             self._policy.train(part, self._objective)
         self._policy.publish(self._step)
-        return int(metrics["tokens_sampled"].value)
+        return int(collected.metrics["tokens_sampled"].value)
 
 
 class Turns(TrainerCallback):

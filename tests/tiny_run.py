@@ -69,7 +69,7 @@ def overrides(model: Path, reward: str, folder: Path, *more: str) -> list[str]:
         "grpo.num_prompts_per_step=3",
         "grpo.num_generations_per_prompt=4",
         "grpo.report_base_model=false",
-        "grpo.normalize_rewards=true",
+        "grpo.adv_estimator.normalize_rewards=true",
         "policy.generation.max_new_tokens=6",
         "policy.precision=float32",
         "policy.num_threads=1",

@@ -51,7 +51,7 @@ def load_problems(
         train = shorter.fitting(held(train, "too_long=filter cannot measure"), processor.length, (prompt_format,))
     loader = TaskLoader(
         train,
-        config.loop.num_prompts_per_step,
+        config.num_prompts_per_draw,
         processor,
         shuffle=data.shuffle,
         seed=config.loop.seed,

@@ -1,15 +1,16 @@
 """Where a loop gets its rollouts: tasks through the sampler and the environments, for training and for validation."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from nemo_rl.config.schema.algorithms import DecoupledAdvantages, GRPOConfig
 from nemo_rl.data.types import RolloutGroup, SamplingParams, Task
 from nemo_rl.errors import RolloutError
 from nemo_rl.interfaces import Environment, Sampler
-from nemo_rl.metrics import Metrics, Sum, scalars
+from nemo_rl.metrics import Mean, Metrics, Sum, merge, scalars
 from nemo_rl.rollouts.collect import Collected, collect, request_seed
 
 
@@ -41,14 +42,15 @@ class RolloutSource:
     validation: tuple[Task, ...]
     runner: asyncio.Runner
 
-    def groups(self, tasks: Iterable[Task], step: int) -> Collected:
-        """Sample and judge the groups of one training step.
+    def groups(self, tasks: Iterable[Task], step: int, round_number: int = 0) -> Collected:
+        """Sample and judge the groups of one training step, or of one of several rounds of it.
 
         Raises:
             RolloutError: more groups failed than the run tolerates, or all of them.
         """
         tasks = tuple(tasks)
-        collected = self._collect(tasks, self.sampling, self.group_size, step)
+        seed = request_seed(self.seed, step, round_number, 0)
+        collected = self._collect(tasks, self.sampling, self.group_size, seed)
         self._check(collected, f"step {step}")
         return replace(collected, metrics=collected.metrics | self.generator.metrics())
 
@@ -63,7 +65,7 @@ class RolloutSource:
             RolloutError: more tasks could not be judged than the run tolerates, or all of them.
         """
         tasks = self.validation if tasks is None else tuple(tasks)
-        collected = self._collect(tasks, replace(self.sampling, temperature=0.0), 1, 0)
+        collected = self._collect(tasks, replace(self.sampling, temperature=0.0), 1, request_seed(self.seed, 0, 0, 0))
         self.generator.metrics()
         self._check(collected, "the validation")
         kept = {
@@ -89,7 +91,7 @@ class RolloutSource:
                 f"{self.max_failed_share:g}; the first: {collected.dropped[0].message}"
             )
 
-    def _collect(self, tasks: tuple[Task, ...], sampling: SamplingParams, group_size: int, step: int) -> Collected:
+    def _collect(self, tasks: tuple[Task, ...], sampling: SamplingParams, group_size: int, seed: int) -> Collected:
         return self.runner.run(
             collect(
                 tasks,
@@ -98,7 +100,63 @@ class RolloutSource:
                 environments=self.environments,
                 decode=self.decode,
                 sampling=sampling,
-                seed=request_seed(self.seed, step, 0, 0),
+                seed=seed,
                 deadline_seconds=self.deadline_seconds,
             )
         )
+
+
+def step_groups(config: GRPOConfig, source: RolloutSource, draws: Iterator[Sequence[Task]], step: int) -> Collected:
+    """Collect the groups of one step; with dynamic sampling, go on until each has answers whose rewards differ.
+
+    Rounds are kept in the order of the data. What the last one yields beyond a full step is left out and counted, so
+    that no group is older than the weights it trains. All rounds are in the figures, whatever became of their groups.
+
+    Raises:
+        RolloutError: more groups failed than the run tolerates, or the rounds are used up before the step is full.
+    """
+    rule, wanted = config.grpo.dynamic_sampling, config.grpo.num_prompts_per_step
+    if rule is None:
+        return source.groups(next(draws), step)
+    rounds: list[Collected] = []
+    kept: list[RolloutGroup] = []
+    while len(kept) < wanted:
+        if len(rounds) == rule.max_tries:
+            raise RolloutError(_not_full(step, len(kept), wanted, rounds))
+        rounds.append(source.groups(next(draws), step, len(rounds)))
+        kept += [group for group in rounds[-1].groups if has_spread(config, group)]
+    judged = sum(len(one.groups) for one in rounds)
+    metrics: Metrics = {
+        "dynamic_sampling/rounds": Sum(len(rounds)),
+        "dynamic_sampling/share_filtered": Mean(judged - len(kept), judged),
+        "dynamic_sampling/surplus_groups": Sum(len(kept) - wanted),
+    }
+    return Collected(
+        groups=kept[:wanted],
+        dropped=[task for one in rounds for task in one.dropped],
+        metrics=merge(one.metrics for one in rounds) | metrics,
+        environment_seconds=sum(one.environment_seconds for one in rounds),
+    )
+
+
+def has_spread(config: GRPOConfig, group: RolloutGroup) -> bool:
+    """Whether the rewards of a group differ, as the environment gave them, among the answers that are trained on.
+
+    The sum of an answer's rewards is compared, or with GDPO, which keeps them apart, each of them.
+    """
+    counted = [one for one in group.rollouts if not config.grpo.overlong_filtering or one.stop_reason != "length"]
+    if isinstance(config.grpo.adv_estimator, DecoupledAdvantages):
+        return any(one.rewards != counted[0].rewards for one in counted)
+    return any(one.reward != counted[0].reward for one in counted)
+
+
+def _not_full(step: int, num_kept: int, wanted: int, rounds: Sequence[Collected]) -> str:
+    judged, failed = (
+        sum(map(len, lists)) for lists in zip(*((one.groups, one.dropped) for one in rounds), strict=True)
+    )
+    return (
+        f"step {step} has {num_kept} of its {wanted} groups after {len(rounds)} rounds of {judged + failed} prompts in"
+        f" all: the answers of {judged - num_kept} got equal rewards and {failed} could not be judged; use problems"
+        " that are neither too easy nor too hard, raise grpo.num_generations_per_prompt, or raise"
+        " grpo.dynamic_sampling.max_tries or batch_multiplier"
+    )

@@ -63,10 +63,21 @@ def _with_defaults(root: type[BaseModel], key: Key, section: type[BaseModel], va
         )
         if chosen is None or is_collection(info.annotation):
             if name not in values and info.default is not PydanticUndefined:
-                complete[name] = sorted(info.default) if isinstance(info.default, frozenset) else info.default
+                complete[name] = _plain(info.default)
         elif isinstance(value, dict) and (name in values or isinstance(info.default, BaseModel)):
             complete[name] = _with_defaults(root, inner, chosen, value)
     return complete
+
+
+def _plain(default: Any) -> Any:
+    """A default as YAML has it."""
+    match default:
+        case BaseModel():  # of a union
+            return default.model_dump(mode="json")
+        case frozenset():
+            return sorted(default)
+        case _:
+            return default
 
 
 def _as_written(resolved: Any, written: Any) -> Any:

@@ -77,17 +77,26 @@ def batch_plan(config: SampledRunConfig) -> BatchPlan:
 def batch_rows(config: SampledRunConfig) -> Rows:
     """The sizes of one step as text."""
     loop, policy, plan = config.loop, config.policy, batch_plan(config)
-    on_policy = "on-policy" if plan.minibatches == 1 else f"{policy.train_global_batch_size} rollouts each"
+    updates, passes = config.num_updates_per_step, config.num_passes_per_step
+    on_policy = "on-policy" if updates == 1 else f"{policy.train_global_batch_size} rollouts each"
     return [
         ("steps", f"{loop.max_num_steps:,}"),
         ("prompts per step", f"{loop.num_prompts_per_step:,}"),
         ("rollouts per step", f"{config.num_rollouts_per_step:,} ({loop.num_generations_per_prompt} answers a prompt)"),
-        ("optimizer steps per step", f"{plan.minibatches:,} ({on_policy})"),
+        ("optimizer steps per step", f"{updates:,} ({on_policy})"),
         ("micro-batches", f"{plan.microbatches:,} per optimizer step, of up to {plan.largest:,} tokens"),
         ("generated per step", f"{plan.generated:,} tokens ({policy.generation.max_new_tokens:,} an answer)"),
-        ("trained per step", f"{plan.computed:,} tokens computed, {plan.padded:,} as padded rows"),
+        ("trained per step", f"{passes * plan.computed:,} tokens computed, {passes * plan.padded:,} as padded rows"),
+        *_dynamic_sampling_row(config),
         ("placement", _placement(config)),
     ]
+
+
+def _dynamic_sampling_row(config: SampledRunConfig) -> Rows:
+    rule = config.grpo.dynamic_sampling if isinstance(config, GRPOConfig) else None
+    if rule is None:
+        return []
+    return [("dynamic sampling", f"up to {rule.max_tries} rounds of {config.num_prompts_per_draw:,} prompts a step")]
 
 
 def example_rows(config: RunConfig) -> Rows:

@@ -4,6 +4,7 @@ Nothing here divides or sums a loss: `objectives/weights.py` has fixed every tok
 probability ratio exp(policy_logprobs - old_logprobs), A the advantage.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,6 +21,9 @@ from nemo_rl.objectives.kl import KLKind, kl_penalty
 from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 
 type PolicyLoss = Literal["clipped", "cispo", "reinforce"]
+
+_MAX_LOG_WEIGHT = 20.0
+"""Keeps a weight in the loss finite in float32."""
 
 
 def clipped_policy_loss(
@@ -155,7 +159,7 @@ class ClippedPolicyObjective:
     """The objective of GRPO and its kin: a policy loss plus `kl_weight` times the KL to the reference.
 
     Columns read: `advantages`; `old_logprobs` unless `on_policy`; `reference_logprobs` if `kl_weight` is above 0;
-    `rollout_logprobs` for the correction, and for diagnostics where there are any.
+    `rollout_logprobs` for the correction and `kl_reweighted`, and for diagnostics where there are any.
 
     Attributes:
         ratio_clip_min: see `clipped_policy_loss`.
@@ -165,6 +169,7 @@ class ClippedPolicyObjective:
         kl_type: the estimator, see `kl_penalty`.
         kl_input_clamp: see `kl_penalty`.
         kl_output_clamp: see `kl_penalty`.
+        kl_reweighted: the KL term times exp(policy - roll) without gradient, as its tokens come from the sampler.
         on_policy: the batch is trained on in a single step, so the old log-probabilities are the current ones.
         policy_loss: `clipped_policy_loss`, `cispo_loss` or `reinforce_loss`.
         sequence_level_ratio: GSPO's ratio, see `sequence_level_logprobs`.
@@ -183,6 +188,7 @@ class ClippedPolicyObjective:
     kl_type: KLKind = "k3"
     kl_input_clamp: float | None = 20.0
     kl_output_clamp: float | None = 10.0
+    kl_reweighted: bool = False
     on_policy: bool = False
     policy_loss: PolicyLoss = "clipped"
     sequence_level_ratio: bool = False
@@ -223,10 +229,14 @@ class ClippedPolicyObjective:
                 input_clamp=self.kl_input_clamp,
                 output_clamp=self.kl_output_clamp,
             )
+            if self.kl_reweighted:
+                log_weight = policy.detach() - token_column(tokens, "rollout_logprobs")
+                kl = kl * log_weight.clamp(max=_MAX_LOG_WEIGHT).exp()
             loss = loss + self.kl_weight * kl
             means["reference_kl"] = kl
         metrics = token_means(means) | correction
-        metrics |= ratio_metrics(policy, base, advantages, clip_min=self.ratio_clip_min, clip_max=self.ratio_clip_max)
+        bounds = (math.inf, math.inf) if self.policy_loss == "reinforce" else (self.ratio_clip_min, self.ratio_clip_max)
+        metrics |= ratio_metrics(policy, base, advantages, clip_min=bounds[0], clip_max=bounds[1])
         if "rollout_logprobs" in tokens.token_columns:
             metrics |= rollout_metrics(old, tokens.token_columns["rollout_logprobs"])
         return loss, metrics

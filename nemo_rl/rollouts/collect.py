@@ -197,6 +197,7 @@ def _rollout_metrics(rollout: Rollout) -> Metrics:
         **prefixed("rewards", {name: Mean(reward) for name, reward in rollout.rewards.items()}),
         "response_length/mean": Mean(length),
         "response_length/max": Max(length),
+        "tokens_sampled": Sum(length),
         "share_truncated": Mean(float(rollout.stop_reason == "length")),
         **prefixed("environment", {name: Mean(value) for name, value in rollout.metrics.items()}),
     }

@@ -157,7 +157,7 @@ def test_an_error_names_the_key_the_line_and_the_cure(line: str, says: str, tmp_
         ("policy.train_global_batch_size=56", "24 prompts x 8 answers = 192 rollouts"),
         ("policy.train_global_batch_size=384", "make it a divisor of 192 and a multiple of 8 (command line)"),
         ("policy.train_global_batch_size=4", "does not divide into equal parts of whole groups"),
-        ("grpo.num_generations_per_prompt=1", "leaves no other answer for grpo.use_leave_one_out_baseline"),
+        ("grpo.num_generations_per_prompt=1", "leaves no other answer to compare with"),
         ("policy.generation.max_new_tokens=128", "leaves no room for a prompt"),
         ("data.max_input_seq_length=120", "exceeds policy.max_total_sequence_length"),
         ("loss_fn.ratio_clip_c=1.0", "must be greater than 1"),

@@ -11,7 +11,7 @@ from nemo_rl.cli import main
 from nemo_rl.config.load import LoadedConfig, load_config
 from nemo_rl.config.migrate import migrate
 from nemo_rl.config.nemo.translate import translate
-from nemo_rl.config.schema.algorithms import GRPOConfig, GRPOLoopConfig
+from nemo_rl.config.schema.algorithms import GroupAdvantages, GRPOConfig, GRPOLoopConfig
 from nemo_rl.config.schema.data import DataConfig
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.sources import Tree, keys_of
@@ -76,12 +76,13 @@ def test_the_form_by_split_means_the_same_here() -> None:
     config, policy = loaded.config, loaded.config.policy
     assert config.loss_fn.reduction == "sequence_mean"
     assert config.loss_fn.kl_output_clamp_value == 1e9
-    assert (config.grpo.normalize_rewards, config.grpo.use_leave_one_out_baseline) == (False, True)
+    assert config.grpo.adv_estimator == GroupAdvantages(name="grpo", normalize_rewards=False)
     assert (policy.train_mb_tokens, policy.logprob_mb_tokens) == (2 * 1024, 4 * 1024)
     assert (policy.max_total_sequence_length, policy.generation.max_new_tokens) == (1024, 512)
     assert config.data.train == load(FILES / "grpo_v03.yaml").config.data.train
     assert config.data.split_validation_size == load(FILES / "grpo_v03.yaml").config.data.split_validation_size
     assert [note.split(" ")[0] for note in loaded.notes] == [
+        "grpo.normalize_rewards",
         "grpo.val_batch_size",
         "policy.dtensor_cfg.activation_checkpointing",
         "policy.sequence_packing.algorithm",
@@ -210,12 +211,13 @@ def test_eval_is_translated_with_its_report() -> None:
         ("policy.dtensor_cfg.lora_cfg.enabled=true", "this version trains all weights: set enabled to false"),
         ("policy.megatron_cfg.enabled=true", "set enabled to false and give policy.optimizer and scheduler"),
         ("grpo.async_grpo.enabled=true", "sampling and training take turns: set enabled to false"),
-        ("grpo.use_dynamic_sampling=true", "no group is drawn again: set it to false"),
-        ("grpo.reward_shaping.enabled=true", "rewards are those of the environment"),
+        ("grpo.batch_multiplier=2", "without dynamic sampling as many prompts are sampled as are trained on"),
+        ("grpo.reward_shaping={enabled: true, stop_properly_penalty_coef: 0.5}", "use grpo.overlong_filtering"),
+        ("grpo.seq_logprob_error_threshold=2.0", "use loss_fn.correction={type: sequence_mask"),
         ("grpo.max_rollout_turns=5", "grpo.max_rollout_turns = 5 (command line) cannot be translated: a rollout has"),
-        ("grpo.adv_estimator={name: gdpo}", "set name to grpo"),
-        ("loss_fn.sequence_level_importance_ratios=true", "a ratio is a token's"),
-        ("loss_fn.truncated_importance_sampling_ratio=2.0", "set it to null"),
+        ("grpo.adv_estimator={name: opd}", "there are grpo, gdpo, reinforce_plus_plus: choose one of them"),
+        ("grpo.adv_estimator={name: gdpo, reward_weights: [1, 2]}", "write reward_weights={NAME: WEIGHT, ...}"),
+        ("+loss_fn.positive_example_nll_weight=0.1", "right answers get no loss of their own"),
         ("policy.generation.vllm_cfg.pipeline_parallel_size=2", "tensor_parallel_size alone"),
         ("policy.generation.vllm_kwargs={max_num_seqs: 8}", "takes what vllm_cfg names"),
         ("data.dataset_name=no_such_set", "write data.train={name: hub"),
@@ -412,9 +414,9 @@ def test_a_template_file_of_the_users_stays_a_file(tmp_path: Path, monkeypatch: 
 
 def test_a_rule_about_what_is_missing_ends_when_the_schema_has_the_key() -> None:
     class Loop(GRPOLoopConfig):
-        use_dynamic_sampling: bool = False
+        seq_logprob_error_threshold: float | None = None
 
     schema = create_model("Config", __base__=GRPOConfig, grpo=(Loop, Loop()))
-    tree = Tree({"grpo": {"use_dynamic_sampling": True, "batch_multiplier": 1}})
+    tree = Tree({"grpo": {"seq_logprob_error_threshold": 2.0, "batch_multiplier": 1}})
     assert translate(tree, schema) == ()
-    assert tree.values == {"grpo": {"use_dynamic_sampling": True}}
+    assert tree.values == {"grpo": {"seq_logprob_error_threshold": 2.0}}

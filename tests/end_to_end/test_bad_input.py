@@ -25,7 +25,7 @@ def complaint(settings: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["grpo.num_promts_per_step=2"], "unknown key grpo.num_promts_per_step .* grpo.num_prompts_per_step"),
         (["grpo.seed=often"], "grpo.seed = 'often' .* must be a valid integer"),
         (["policy.train_global_batch_size=6"], "12 rollouts, which policy.train_global_batch_size = 6 does not divide"),
-        (["grpo.num_generations_per_prompt=1"], "leaves no other answer for grpo.use_leave_one_out_baseline"),
+        (["grpo.num_generations_per_prompt=1"], "leaves no other answer to compare with"),
         (["data.max_input_seq_length=20"], r"prompt of task \d+ has \d+ tokens and data.max_input_seq_length is 20"),
         (["policy.model_name=./no/such/model"], "model folder no/such/model does not exist"),
         (["env.function.path=no_such_file.py:reward"], "'no_such_file.py:reward' cannot be imported"),

@@ -55,6 +55,21 @@ class SampledRunConfig(RunConfig):
         return self.loop.num_prompts_per_step * self.loop.num_generations_per_prompt
 
     @property
+    def num_prompts_per_draw(self) -> int:
+        """Problems drawn from the data at a time."""
+        return self.loop.num_prompts_per_step
+
+    @property
+    def num_passes_per_step(self) -> int:
+        """How often the rollouts of a step are trained on."""
+        return 1
+
+    @property
+    def num_updates_per_step(self) -> int:
+        """Optimizer steps of one step."""
+        return self.num_passes_per_step * self.num_rollouts_per_step // self.policy.train_global_batch_size
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Longest prompt that still leaves room for a whole answer."""
         room = self.policy.max_total_sequence_length - self.policy.generation.max_new_tokens
