@@ -13,6 +13,7 @@ from nemo_rl.data.types import Chat, ChatPair, Example, Message, Preference, Too
 from nemo_rl.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -49,21 +50,11 @@ class ChatEncoder:
             DataError: an answer is empty, both are the same tokens, the template cannot write them, or one is too long
                 and that is an error.
         """
-        answers = (pair.chosen, pair.rejected)
-        encoded = [
+        chosen, rejected = (
             self._encode((*pair.prompt, *answer), _ASSISTANT, pair.tools, len(pair.prompt), pair.index)
-            for answer in answers
-        ]
-        match encoded:
-            case [Example() as chosen, Example() as rejected]:
-                if torch.equal(chosen.token_ids, rejected.token_ids):
-                    raise DataError(
-                        f"record {pair.index} has two answers that are the same tokens, so neither can be preferred; "
-                        "remove it"
-                    )
-                return Preference(chosen, rejected, pair.margin, pair.index)
-            case _:
-                return None
+            for answer in (pair.chosen, pair.rejected)
+        )
+        return as_preference(chosen, rejected, pair)
 
     def _encode(
         self, messages: Sequence[Message], roles: frozenset[str], tools: Sequence[Tool], num_given: int, index: int
@@ -75,13 +66,8 @@ class ChatEncoder:
             )
         except DataError as error:
             raise DataError(f"record {index}: {error}") from error
-        if self.max_length is not None and len(token_ids) > self.max_length:
-            if self.too_long == "skip":
-                return None
-            raise DataError(
-                f"record {index} has {len(token_ids)} tokens and the limit is {self.max_length}; raise "
-                "policy.max_total_sequence_length, or set data.too_long=skip to leave such records out"
-            )
+        if not fits(token_ids, self.max_length, self.too_long, index):
+            return None
         loss_mask[:1] = False
         if not loss_mask.any():
             raise DataError(
@@ -91,6 +77,37 @@ class ChatEncoder:
 
 
 _ASSISTANT = frozenset({"assistant"})
+
+
+def fits(token_ids: Tensor, max_length: int | None, too_long: Literal["error", "skip"], index: int) -> bool:
+    """Whether the sequence of record `index` keeps to the limit, if there is one.
+
+    Raises:
+        DataError: it does not, and `too_long` makes that an error.
+    """
+    if max_length is None or len(token_ids) <= max_length:
+        return True
+    if too_long == "skip":
+        return False
+    raise DataError(
+        f"record {index} has {len(token_ids)} tokens and the limit is {max_length}; raise "
+        "policy.max_total_sequence_length, or set data.too_long=skip to leave such records out"
+    )
+
+
+def as_preference(chosen: Example | None, rejected: Example | None, pair: ChatPair) -> Preference | None:
+    """Join the encoded conversations of a pair; None for a pair of which one is to be skipped.
+
+    Raises:
+        DataError: both are the same tokens.
+    """
+    if chosen is None or rejected is None:
+        return None
+    if torch.equal(chosen.token_ids, rejected.token_ids):
+        raise DataError(
+            f"record {pair.index} has two answers that are the same tokens, so neither can be preferred; remove it"
+        )
+    return Preference(chosen, rejected, pair.margin, pair.index)
 
 
 def mismatched(examples: Sequence[Example]) -> list[Example]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.data.datasets.registry import load_chats, load_pairs
 from nemo_rl.data.examples import ChatEncoder
 from nemo_rl.data.loader import Loader, one_pass
+from nemo_rl.data.scored import ScoreEncoder
 from nemo_rl.data.types import Chat, ChatPair, Example, ItemDataset, Preference
 from nemo_rl.errors import DataError
 
@@ -63,8 +64,28 @@ def prepare_preferences(
     seed: int,
     max_val_samples: int | None = None,
 ) -> Supervision[ChatPair, Preference]:
-    """Build what preference training and reward models learn from: batches of `batch_size` pairs; see above."""
+    """Build what preference training learns from: batches of `batch_size` pairs; see above."""
     encode = _encoder(data, tokenizer, max_length).preference
+    train, validation = load_pairs(data, seed=seed)
+    loader = _loader(data, train, encode, batch_size=batch_size, seed=seed)
+    return Supervision(loader, _encoded(validation, encode, max_val_samples))
+
+
+def prepare_scored(
+    data: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_val_samples: int | None = None,
+) -> Supervision[ChatPair, Preference]:
+    """Build what reward models learn from: batches of `batch_size` pairs, each answer with its score to be; see above.
+
+    The model takes the tokenizer's padding token for its own.
+    """
+    pad = cast("int | None", tokenizer.pad_token_id)
+    encode = ScoreEncoder(tokenizer, pad, data.max_input_seq_length or max_length, data.too_long).preference
     train, validation = load_pairs(data, seed=seed)
     loader = _loader(data, train, encode, batch_size=batch_size, seed=seed)
     return Supervision(loader, _encoded(validation, encode, max_val_samples))
