@@ -13,6 +13,7 @@ _TRAINING = {
     "grpo": "group relative policy optimisation",
     "sft": "supervised fine-tuning",
     "dpo": "preferences: DPO, IPO, SimPO, ORPO, KTO",
+    "rm": "pairs: a reward model",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -137,7 +137,7 @@ def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, co
     if config.checkpointing.enabled and run.saved_step:
         rows["checkpoint"] = _from_here(run.checkpoints.path(run.saved_step))
     if export is not None and config.checkpointing.export_hf:
-        rows["model"] = f"{_from_here(export)}  (loads with transformers.AutoModelForCausalLM)"
+        rows["model"] = f"{_from_here(export)}  (loads with transformers.{config.exported_as})"
     if config.checkpointing.enabled:
         given = command or ("nemo-rl", config.algorithm, "--config", _from_here(folder / "config.yaml"))
         rows["to continue"] = _continuation(given, {} if export is None else _next_limits(config, run))

@@ -117,6 +117,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return _tokenize(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))[0]
 
 
+def encode_whole(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Tensor:
+    """Tokenize a whole conversation of which nothing has to be told apart: int64 [T].
+
+    Raises:
+        DataError: the template cannot write the conversation.
+    """
+    return _tokenize(tokenizer, _render(tokenizer, messages, tools))[0]
+
+
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],

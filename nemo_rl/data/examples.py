@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from nemo_rl.data.chat import PromptFormat, check_readable, check_spoken, encode_conversation
-from nemo_rl.data.types import Chat, ChatPair, Example, Message, Preference, Tool
+from nemo_rl.data.types import Chat, ChatPair, Example, Message, Preference, Tool, TooLong
 from nemo_rl.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -31,7 +32,7 @@ class ChatEncoder:
     tokenizer: PreTrainedTokenizerBase
     roles: frozenset[str] = frozenset({"assistant"})
     max_length: int | None = None
-    too_long: Literal["error", "skip", "filter"] = "error"
+    too_long: TooLong = "error"
     prompt_format: PromptFormat = field(default_factory=PromptFormat)
 
     def example(self, chat: Chat) -> Example | None:
@@ -55,20 +56,11 @@ class ChatEncoder:
                 and that is an error.
         """
         prompt = self.prompt_format.with_own(pair.template, pair.system_prompt).around(pair.prompt)
-        encoded = [
+        chosen, rejected = (
             self._encode((*prompt, *answer), _ASSISTANT, pair.tools, len(prompt), pair.index)
             for answer in (pair.chosen, pair.rejected)
-        ]
-        match encoded:
-            case [Example() as chosen, Example() as rejected]:
-                if torch.equal(chosen.token_ids, rejected.token_ids):
-                    raise DataError(
-                        f"record {pair.index} has two answers that are the same tokens, so neither can be preferred; "
-                        "remove it"
-                    )
-                return Preference(chosen, rejected, pair.margin, pair.index)
-            case _:
-                return None
+        )
+        return as_preference(chosen, rejected, pair)
 
     def example_length(self, chat: Chat) -> int:
         """Tokens of a conversation, however many."""
@@ -95,13 +87,8 @@ class ChatEncoder:
             )
         except DataError as error:
             raise DataError(f"record {index}: {error}") from error
-        if self.max_length is not None and len(token_ids) > self.max_length:
-            if self.too_long != "error":
-                return None
-            raise DataError(
-                f"record {index} has {len(token_ids)} tokens and the limit is {self.max_length}; raise "
-                "policy.max_total_sequence_length, or set data.too_long=skip to leave such records out"
-            )
+        if not fits(token_ids, self.max_length, self.too_long, index):
+            return None
         loss_mask[:1] = False
         if not loss_mask.any():
             raise DataError(
@@ -111,6 +98,37 @@ class ChatEncoder:
 
 
 _ASSISTANT = frozenset({"assistant"})
+
+
+def fits(token_ids: Tensor, max_length: int | None, too_long: TooLong, index: int) -> bool:
+    """Whether the sequence of record `index` keeps to the limit, if there is one.
+
+    Raises:
+        DataError: it does not, and `too_long` makes that an error.
+    """
+    if max_length is None or len(token_ids) <= max_length:
+        return True
+    if too_long != "error":
+        return False
+    raise DataError(
+        f"record {index} has {len(token_ids)} tokens and the limit is {max_length}; raise "
+        "policy.max_total_sequence_length, or set data.too_long=skip to leave such records out"
+    )
+
+
+def as_preference(chosen: Example | None, rejected: Example | None, pair: ChatPair) -> Preference | None:
+    """Join the encoded conversations of a pair; None for a pair of which one is to be skipped.
+
+    Raises:
+        DataError: both are the same tokens.
+    """
+    if chosen is None or rejected is None:
+        return None
+    if torch.equal(chosen.token_ids, rejected.token_ids):
+        raise DataError(
+            f"record {pair.index} has two answers that are the same tokens, so neither can be preferred; remove it"
+        )
+    return Preference(chosen, rejected, pair.margin, pair.index)
 
 
 def mismatched(examples: Sequence[Example]) -> list[Example]:

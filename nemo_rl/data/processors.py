@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nemo_rl.data.chat import PromptFormat, check_readable, encode_prompt
-from nemo_rl.data.types import Task
+from nemo_rl.data.types import Task, TooLong
 from nemo_rl.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class TaskProcessor:
     tokenizer: PreTrainedTokenizerBase
     prompt_format: PromptFormat = field(default_factory=PromptFormat)
     max_input_length: int | None = None
-    too_long: Literal["error", "skip", "filter"] = "error"
+    too_long: TooLong = "error"
 
     def __call__(self, task: Task) -> Task | None:
         """Give the task its final messages and its `token_ids`; None for a prompt that is to be skipped.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.data.datasets.registry import load_chats, load_pairs
@@ -14,6 +14,7 @@ from nemo_rl.data.examples import ChatEncoder
 from nemo_rl.data.lengths import UNCACHED, LengthCache, LengthFilter
 from nemo_rl.data.loader import Loader, one_pass
 from nemo_rl.data.processors import read_prompt_format
+from nemo_rl.data.scored import ScoreEncoder
 from nemo_rl.data.types import Chat, ChatPair, Example, Preference
 from nemo_rl.errors import DataError
 
@@ -72,11 +73,48 @@ def prepare_preferences(
     max_val_samples: int | None = None,
     lengths: LengthCache = UNCACHED,
 ) -> Supervision[ChatPair, Preference]:
-    """Build what preference training and reward models learn from: batches of `batch_size` pairs; see above."""
+    """Build what preference training learns from: batches of `batch_size` pairs; see above."""
     encoder = _encoder(data, tokenizer, max_length)
+    return _prepare_pairs(data, encoder, tokenizer, batch_size, seed, max_val_samples, lengths)
+
+
+def prepare_scored(
+    data: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_val_samples: int | None = None,
+    lengths: LengthCache = UNCACHED,
+) -> Supervision[ChatPair, Preference]:
+    """Build what reward models learn from: batches of `batch_size` pairs, each answer with its score to be; see above.
+
+    The model takes the tokenizer's padding token for its own.
+    """
+    pad = cast("int | None", tokenizer.pad_token_id)
+    encoder = ScoreEncoder(
+        tokenizer,
+        pad,
+        max_length=data.max_input_seq_length or max_length,
+        too_long=data.too_long,
+        prompt_format=read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file),
+    )
+    return _prepare_pairs(data, encoder, tokenizer, batch_size, seed, max_val_samples, lengths)
+
+
+def _prepare_pairs(
+    data: ExampleDataConfig,
+    encoder: ChatEncoder | ScoreEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    seed: int,
+    max_val_samples: int | None,
+    lengths: LengthCache,
+) -> Supervision[ChatPair, Preference]:
     train, validation = load_pairs(data, seed=seed)
-    if data.too_long == "filter":
-        shorter = LengthFilter(encoder.max_length or max_length, tokenizer, lengths, data.num_workers)
+    if data.too_long == "filter" and encoder.max_length is not None:
+        shorter = LengthFilter(encoder.max_length, tokenizer, lengths, data.num_workers)
         train = shorter.fitting(held(train, "too_long=filter cannot measure"), encoder.preference_length, encoder.about)
     loader = _loader(data, train, encoder.preference, batch_size=batch_size, seed=seed)
     return Supervision(loader, _encoded(validation, encoder.preference, max_val_samples))

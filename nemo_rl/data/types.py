@@ -29,6 +29,10 @@ IMAGE = "<image>"
 type EncodedImage = bytes
 """A PNG, JPEG or other image file as it is."""
 
+type TooLong = Literal["error", "skip", "filter"]
+"""What happens to what is above a limit: `error` stops, `skip` passes over it, `filter` leaves it out beforehand."""
+
+
 type StopReason = Literal["stop", "length"]
 """`stop`: a stop token or string; `length`: the token budget."""
 

@@ -143,7 +143,8 @@ def load_scalar_model(
         source: what `resolve_model` returned.
         dtype: of the weights in memory, whatever it is in the files.
         device: where the model is put.
-        pad_token_id: for plain Transformers, whose classifiers read the last token that is no padding.
+        pad_token_id: the tokenizer's, which the model takes for its own: Transformers' classifiers read the last token
+            that is no padding. None keeps the model's.
 
     Returns:
         An `AutoModelForSequenceClassification` with one label, and its configuration.
@@ -159,8 +160,8 @@ def load_scalar_model(
     if _SCORE in missing:
         torch.nn.init.zeros_(model.get_parameter(_SCORE))
     _check_complete(source, missing - {_SCORE})
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_token_id
+    if pad_token_id is not None:
+        model.config.get_text_config().pad_token_id = pad_token_id
     return model.to(device).train(), model.config
 
 

@@ -249,7 +249,7 @@ def test_pairs_with_an_empty_answer_or_without_marks_are_refused() -> None:
 
 
 def test_objectives_pickle_and_refuse_what_makes_no_sense() -> None:
-    for objective in (PreferenceObjective(kind="ipo"), KTOObjective(beta=0.2), RewardModelObjective(with_margins=True)):
+    for objective in (PreferenceObjective(kind="ipo"), KTOObjective(beta=0.2), RewardModelObjective(margin_scale=0.5)):
         assert pickle.loads(pickle.dumps(objective)) == objective
     assert PreferenceObjective().needs_reference and not PreferenceObjective(kind="simpo").needs_reference
     with pytest.raises(ConfigError, match="label_smoothing"):

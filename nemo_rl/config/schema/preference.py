@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, conflict
-from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig
+from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig, check_room_for_pairs
 
 
 class PreferenceLoopConfig(ExampleLoopConfig):
@@ -68,14 +68,8 @@ class DPOConfig(ExampleRunConfig):
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
-        pair = 2 * self.max_sequence_tokens
-        if self.dpo.preference_loss != "kto" and self.policy.train_mb_tokens < pair:
-            raise conflict(
-                f"policy.train_mb_tokens = {self.policy.train_mb_tokens} has no room for both answers of a pair, which"
-                f" may have {pair} tokens: raise it to {pair} or lower policy.max_total_sequence_length",
-                "policy.train_mb_tokens",
-                "policy.max_total_sequence_length",
-            )
+        if self.dpo.preference_loss != "kto":
+            check_room_for_pairs(self)
         return self
 
     @model_validator(mode="after")

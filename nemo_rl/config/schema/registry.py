@@ -6,10 +6,13 @@ from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.base import CommandConfig
 from nemo_rl.config.schema.evaluation import EvalConfig
 from nemo_rl.config.schema.preference import DPOConfig
+from nemo_rl.config.schema.reward_model import RMConfig
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.config.schema.sft import SFTConfig
 
-RUNS: Mapping[str, type[RunConfig]] = {config.algorithm: config for config in (GRPOConfig, SFTConfig, DPOConfig)}
+RUNS: Mapping[str, type[RunConfig]] = {
+    config.algorithm: config for config in (GRPOConfig, SFTConfig, DPOConfig, RMConfig)
+}
 """By the name of the command, which is also that of the section with the loop."""
 
 COMMANDS: Mapping[str, type[CommandConfig]] = {**RUNS, "eval": EvalConfig}

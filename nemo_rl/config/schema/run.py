@@ -78,6 +78,9 @@ class RunConfig(CommandConfig):
     algorithm: ClassVar[str]
     """Name of the command and of the section with the loop."""
 
+    exported_as: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of Transformers that loads the exported model."""
+
     policy: TrainedPolicyConfig
     """The model, and how it is trained."""
 
@@ -188,3 +191,15 @@ class ExampleRunConfig(RunConfig):
                 "policy.max_total_sequence_length",
             )
         return self
+
+
+def check_room_for_pairs(config: ExampleRunConfig) -> None:
+    """Refuse a token budget into which a pair of full length does not fit, because pairs are never divided."""
+    pair = 2 * config.max_sequence_tokens
+    if config.policy.train_mb_tokens < pair:
+        raise conflict(
+            f"policy.train_mb_tokens = {config.policy.train_mb_tokens} has no room for both answers of a pair, which"
+            f" may have {pair} tokens: raise it to {pair} or lower policy.max_total_sequence_length",
+            "policy.train_mb_tokens",
+            "policy.max_total_sequence_length",
+        )
