@@ -11,6 +11,7 @@ from nemo_rl.errors import NemoRLError
 
 _TRAINING = {
     "grpo": "group relative policy optimisation",
+    "ppo": "proximal policy optimisation, with a critic",
     "sft": "supervised fine-tuning",
     "dpo": "preferences: DPO, IPO, SimPO, ORPO, KTO",
     "rm": "pairs: a reward model",

@@ -22,9 +22,10 @@ class Objective(Protocol):
     """A picklable function from per-token tensors to a per-token loss; it never reduces.
 
     `reads` says what it is given as `outputs`: `logprobs` the `TokenOutputs` of a language model, `distribution` its
-    `DistributionOutputs`, `values` the `ScalarOutputs` of a reward model or a critic. `tokens` is the micro-batch cut
-    down to its M loss tokens (still jagged: `tokens.cu_seqlens` counts loss tokens, every per-token column is [M]), so
-    that everything aligns with `outputs`. The step sums `loss_weights * token_loss`.
+    `DistributionOutputs`, `values` the `ScalarOutputs` of a reward model or a critic, `head_values` the same with a
+    gradient for the head alone. `tokens` is the micro-batch cut down to its M loss tokens (still jagged:
+    `tokens.cu_seqlens` counts loss tokens, every per-token column is [M]), so that everything aligns with `outputs`.
+    The step sums `loss_weights * token_loss`.
     """
 
     reads: ClassVar[Reads]

@@ -28,6 +28,12 @@ class Stateful(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
+class Trainable(Stateful, Protocol):
+    """Has weights; `describe()["optimizer_steps"]` counts every change of them that was begun."""
+
+    def describe(self) -> Mapping[str, Any]: ...
+
+
 class Positioned(Protocol):
     """Knows its place in the data."""
 
@@ -63,11 +69,15 @@ class TrainingInfo:
 
 
 class Checkpoints:
-    """Reads and writes the checkpoints in the run's folder."""
+    """Reads and writes the checkpoints in the run's folder.
+
+    Each holds the policy in `policy/`, and what else is trained, such as a critic, in a folder by its name.
+    """
 
     def __init__(self, config: CheckpointingConfig, config_yaml: str) -> None:
         self._config = config
         self._warned = False
+        self._others: dict[str, Trainable] = {}
         self.config_yaml = config_yaml
         self.folder = Path(config.checkpoint_dir).expanduser().absolute()
 
@@ -94,6 +104,14 @@ class Checkpoints:
                 f"{self.folder} already holds a run at step {steps[-1]} and checkpointing.resume is never; "
                 "choose another checkpointing.checkpoint_dir or set resume to auto"
             )
+
+    def include(self, name: str, part: Trainable) -> None:
+        """From now on save and resume a trained part beside the policy, in the folder `name` of each checkpoint."""
+        self._others[name] = part
+
+    def optimizer_steps(self, policy: Trainable) -> dict[str, int]:
+        """How many changes of weights were begun, by the name of the trained part."""
+        return {name: part.describe()["optimizer_steps"] for name, part in self._parts(policy).items()}
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -127,8 +145,10 @@ class Checkpoints:
         steps = self.steps()
         return self.info(steps[-1]) if steps else TrainingInfo(0)
 
-    def resume(self, policy: Stateful, loader: LoaderState) -> TrainingInfo:
-        """Restore policy and data position from the latest checkpoint; without one, nothing happens and the step is 0.
+    def resume(self, policy: Trainable, loader: LoaderState) -> TrainingInfo:
+        """Restore the trained parts and the data position from the latest checkpoint.
+
+        Without one, nothing happens and the step is 0.
 
         Raises:
             CheckpointError: it is damaged, or of another model or data set.
@@ -137,7 +157,8 @@ class Checkpoints:
         if info.step == 0:
             return info
         folder = self.path(info.step)
-        policy.load(folder / _POLICY)
+        for name, part in self._parts(policy).items():
+            part.load(folder / name)
         try:
             state = torch.load(folder / _LOADER, weights_only=True)
         except Exception as error:
@@ -147,7 +168,7 @@ class Checkpoints:
         loader.load_state_dict(state)
         return info
 
-    def save(self, info: TrainingInfo, policy: Stateful, loader: Positioned) -> Path:
+    def save(self, info: TrainingInfo, policy: Trainable, loader: Positioned) -> Path:
         """Write the checkpoint of a step, whole or not at all, then remove what need not be kept.
 
         Raises:
@@ -159,13 +180,17 @@ class Checkpoints:
                 (work / _INFO).write_text(json.dumps(asdict(replace(info, metrics=_finite(info.metrics))), indent=2))
                 (work / "config.yaml").write_text(self.config_yaml)
                 torch.save(loader.state_dict(), work / _LOADER)
-                policy.save(work / _POLICY)
+                for name, part in self._parts(policy).items():
+                    part.save(work / name)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the checkpoint {folder} ({error}); free space or choose another folder"
             ) from error
         self._prune()
         return folder
+
+    def _parts(self, policy: Trainable) -> dict[str, Trainable]:
+        return {_POLICY: policy, **self._others}
 
     def _prune(self) -> None:
         """Keep the latest checkpoint and the best `keep_top_k`; without the ranking metric a checkpoint ranks last."""

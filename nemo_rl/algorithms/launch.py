@@ -27,7 +27,7 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.interfaces import Environment, Sampler
 from nemo_rl.models.load import end_tokens
 from nemo_rl.workers.handles import ColocatedGenerator, Policy
-from nemo_rl.workers.policy import PolicyWorker
+from nemo_rl.workers.policy import PolicyHead, PolicyWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,13 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig], command: Sequence[str] = ()) -
 
 
 def launch_sampled(
-    config: SampledRunConfig, build: BuildLoop, command: Sequence[str], *, with_reference: bool = False
+    config: SampledRunConfig,
+    build: BuildLoop,
+    command: Sequence[str],
+    *,
+    head: PolicyHead = "language",
+    share: float = 1.0,
+    with_reference: bool = False,
 ) -> Outcome:
     """Build the parts of a run, resume, measure, train, measure again, export and sum up.
 
@@ -70,6 +76,8 @@ def launch_sampled(
         config: of the run.
         build: makes the loop.
         command: what started this, for the advice on how to go on; without it that names the configuration it writes.
+        head: what stands on the policy's trunk.
+        share: of the device that the policy takes.
         with_reference: keep the starting weights, to compare with.
 
     Raises:
@@ -86,7 +94,7 @@ def launch_sampled(
             environments = build_environments(config.env)
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)
-            worker = begun.worker(stack, PolicyWorker, model, with_reference=with_reference)
+            worker = begun.worker(stack, PolicyWorker, model, share=share, head=head, with_reference=with_reference)
             policy = Policy(worker)
             loop = build(begun, stack, model)
             info = begun.checkpoints.resume(policy, problems.loader)

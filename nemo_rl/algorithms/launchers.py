@@ -5,9 +5,11 @@ from typing import cast
 
 from nemo_rl.algorithms.launch import launch_grpo
 from nemo_rl.algorithms.launch_examples import launch_preference, launch_rm, launch_sft
+from nemo_rl.algorithms.launch_ppo import launch_ppo
 from nemo_rl.algorithms.outcome import Outcome
 from nemo_rl.config.load import LoadedConfig
 from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.ppo import PPOConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.reward_model import RMConfig
 from nemo_rl.config.schema.run import RunConfig
@@ -20,6 +22,8 @@ def launch(loaded: LoadedConfig[RunConfig], command: Sequence[str] = ()) -> Outc
     match loaded.config:
         case GRPOConfig():
             return launch_grpo(cast(LoadedConfig[GRPOConfig], loaded), command)
+        case PPOConfig():
+            return launch_ppo(cast(LoadedConfig[PPOConfig], loaded), command)
         case SFTConfig():
             return launch_sft(cast(LoadedConfig[SFTConfig], loaded), command)
         case DPOConfig():

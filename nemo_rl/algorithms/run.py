@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
-from nemo_rl.algorithms.checkpoints import Checkpoints, Positioned, Stateful, TrainingInfo
+from nemo_rl.algorithms.checkpoints import Checkpoints, Positioned, Trainable, TrainingInfo
 from nemo_rl.algorithms.ending import after_validation, end_of
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.data.types import RolloutGroup
@@ -41,24 +41,18 @@ _SHOWN = {
 """What a person looks at while a run is going on, by its name in the records."""
 
 
-class Trainable(Stateful, Protocol):
-    """Has weights; `describe()["optimizer_steps"]` counts every change of them that was begun."""
-
-    def describe(self) -> Mapping[str, Any]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class WholeStep:
     """The state at the end of a step, to be saved if a later one fails.
 
     Attributes:
-        policy: holds the weights, unless it has begun to change them since.
-        optimizer_steps: that it had begun by then.
+        policy: holds the weights, unless it or another trained part has begun to change its own since.
+        optimizer_steps: that each part had begun by then.
         position: of the loader, before it drew what the next step failed on.
     """
 
     policy: Trainable
-    optimizer_steps: int
+    optimizer_steps: Mapping[str, int]
     position: dict[str, Any]
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,14 +117,14 @@ class Run:
     def _rescue(self, whole: WholeStep) -> None:
         """Save a step after the next one failed; whatever goes wrong here must not hide that failure."""
         try:
-            if whole.policy.describe()["optimizer_steps"] != whole.optimizer_steps:
+            if self.checkpoints.optimizer_steps(whole.policy) != whole.optimizer_steps:
                 raise CheckpointError("the step that failed had begun to change the weights")
             self._save(whole.policy, whole)
             self.console.note(f"step {self.step} is saved: the same command goes on after it")
         except Exception as error:
             self.console.note(f"step {self.step} cannot be saved: {error}")
 
-    def _save(self, policy: Stateful, loader: Positioned) -> None:
+    def _save(self, policy: Trainable, loader: Positioned) -> None:
         self._unsaved = None  # if this fails, so would another try
         with self.phase("save"):
             self.checkpoints.save(self.info, policy, loader)
@@ -224,7 +218,7 @@ class Run:
         limits, saving = self._config.loop, self._config.checkpointing
         self._decide(loader)
         if saving.enabled:
-            self._unsaved = WholeStep(policy, policy.describe()["optimizer_steps"], loader.state_dict())
+            self._unsaved = WholeStep(policy, self.checkpoints.optimizer_steps(policy), loader.state_dict())
         if (limits.val_period and step % limits.val_period == 0) or (self._ending and limits.val_at_end):
             self.validate(step, validate)
             self._decide(loader)  # meanwhile Ctrl-C may have come

@@ -79,14 +79,15 @@ class Start:
         return LengthCache(cache_dir() / "token_lengths", self.console.track)
 
     def worker(
-        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object
+        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], *, share: float = 1.0, **arguments: object
     ) -> WorkerHandle:
-        """Start a worker of a model, with the resources it needs and further arguments of its kind."""
+        """Start a worker of a model on a `share` of the device, with further arguments of its kind."""
         cluster = self.config.cluster
         executor = stack.enter_context(
             make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
         )
-        resources = Resources(num_cpus=float(model.policy.num_threads or 1), num_gpus=float(cluster.gpus_per_node > 0))
+        num_cpus = max(share, int(share * (model.policy.num_threads or 1)))  # Ray counts above 1 in whole ones
+        resources = Resources(num_cpus=float(num_cpus), num_gpus=share if cluster.gpus_per_node > 0 else 0.0)
         return executor.start(kind, model.policy, model.source, resources=resources, **arguments)
 
     def run(self, info: TrainingInfo) -> Run:
@@ -168,8 +169,17 @@ def check_can_run(config: RunConfig) -> None:
     Raises:
         ConfigError: with what to set instead.
     """
-    build_optimization(config.policy, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
-    check_devices(config.cluster, config.policy.device, what="policy", section="policy")
+    check_trainable(config.policy, config.cluster, section="policy")
+
+
+def check_trainable(model: TrainedPolicyConfig, cluster: ClusterConfig, *, section: str) -> None:
+    """Refuse a model, configured in `section`, that there is no optimizer or device for.
+
+    Raises:
+        ConfigError: with what to set instead.
+    """
+    build_optimization(model, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
+    check_devices(cluster, model.device, what=section, section=section)
 
 
 def check_devices(cluster: ClusterConfig, device: str, *, what: str, section: str) -> None:

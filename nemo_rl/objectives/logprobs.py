@@ -23,8 +23,9 @@ _BUFFERS = 4
 """A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
 
 
-type Reads = Literal["logprobs", "distribution", "values"]
-"""What an objective is given: `TokenOutputs`, `distillation.DistributionOutputs` or `value.ScalarOutputs`."""
+type Reads = Literal["logprobs", "distribution", "values", "head_values"]
+"""What an objective is given: `TokenOutputs`, `distillation.DistributionOutputs` or `value.ScalarOutputs`, which as
+`head_values` have a gradient for the head alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,14 +70,16 @@ class Scorer:
             BackendError: the model has no head for what is read.
         """
         stream = build_stream(batch, share_prefixes=self._shares, min_shared=self.min_shared)
+        trunk_learns = torch.is_grad_enabled() and reads != "head_values"
         with self._arithmetic():
-            hidden = self.model.stream_hidden(stream)
+            with torch.set_grad_enabled(trunk_learns):
+                hidden = self.model.stream_hidden(stream)
             match reads, self.model:
                 case "logprobs", CausalLM() as model:
                     return self._token_outputs(model, hidden, stream, with_entropy), stream
                 case "distribution", CausalLM() as model:
                     return DistributionOutputs(self._rows(hidden, stream), self._logits(model)), stream
-                case "values", ScalarModel(score=head) | CausalLM(value_head=nn.Linear() as head):
+                case "values" | "head_values", ScalarModel(score=head) | CausalLM(value_head=nn.Linear() as head):
                     return ScalarOutputs(scalar_values(head, self._rows(hidden, stream))), stream
                 case _:
                     raise BackendError(

@@ -32,6 +32,9 @@ class Notebook:
     def load(self, folder: Path) -> None:
         self.text = (folder / "text").read_text()
 
+    def describe(self) -> dict[str, int]:
+        return {"optimizer_steps": 0}
+
     def state_dict(self) -> dict[str, str]:
         return {"text": self.text}
 

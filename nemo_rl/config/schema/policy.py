@@ -115,6 +115,20 @@ class TrainedPolicyConfig(Section):
     num_threads: PositiveInt | None = None
     """CPU threads of the model's arithmetic; None is PyTorch's own choice."""
 
+    @model_validator(mode="after")
+    def _chain_is_whole(self) -> Self:
+        milestones = [link for link in self.scheduler if isinstance(link, MilestonesConfig)]
+        schedulers = len(self.scheduler) - len(milestones)
+        if schedulers > 1 or milestones:
+            count = len(milestones[0].milestones) if len(milestones) == 1 else None
+            if count != schedulers - 1:
+                raise conflict(
+                    f"scheduler chains {schedulers} schedulers and needs one milestones entry with"
+                    f" {max(schedulers - 1, 0)} steps",
+                    "scheduler",
+                )
+        return self
+
 
 class PolicyConfig(TrainedPolicyConfig):
     """The model, and how it is trained and sampled."""

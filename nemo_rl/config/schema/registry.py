@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.base import CommandConfig
 from nemo_rl.config.schema.evaluation import EvalConfig
+from nemo_rl.config.schema.ppo import PPOConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.reward_model import RMConfig
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.config.schema.sft import SFTConfig
 
 RUNS: Mapping[str, type[RunConfig]] = {
-    config.algorithm: config for config in (GRPOConfig, SFTConfig, DPOConfig, RMConfig)
+    config.algorithm: config for config in (GRPOConfig, PPOConfig, SFTConfig, DPOConfig, RMConfig)
 }
 """By the name of the command, which is also that of the section with the loop."""
 

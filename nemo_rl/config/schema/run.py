@@ -9,7 +9,7 @@ from nemo_rl.config.schema.base import CommandConfig, NonNegativeInt, PositiveIn
 from nemo_rl.config.schema.cluster import ClusterConfig
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.schema.logging import CheckpointingConfig, LoggerConfig
-from nemo_rl.config.schema.policy import MilestonesConfig, TrainedPolicyConfig
+from nemo_rl.config.schema.policy import TrainedPolicyConfig
 
 
 class EarlyStoppingConfig(Section):
@@ -107,21 +107,6 @@ class RunConfig(CommandConfig):
                 "policy.device",
                 "cluster.gpus_per_node",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _chain_is_whole(self) -> Self:
-        chain = self.policy.scheduler
-        milestones = [link for link in chain if isinstance(link, MilestonesConfig)]
-        schedulers = len(chain) - len(milestones)
-        if schedulers > 1 or milestones:
-            count = len(milestones[0].milestones) if len(milestones) == 1 else None
-            if count != schedulers - 1:
-                raise conflict(
-                    f"policy.scheduler chains {schedulers} schedulers and needs one milestones entry with"
-                    f" {max(schedulers - 1, 0)} steps",
-                    "policy.scheduler",
-                )
         return self
 
 
