@@ -13,6 +13,8 @@ _TRAINING = {
     "grpo": "group relative policy optimisation",
     "sft": "supervised fine-tuning",
     "dpo": "preferences: DPO, IPO, SimPO, ORPO, KTO",
+    "distillation": "the next-token distributions of teachers, on answers of the student's own",
+    "offline_distillation": "the next-token distributions of a teacher, on given answers",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

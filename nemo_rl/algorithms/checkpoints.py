@@ -47,8 +47,8 @@ class TrainingInfo:
     Attributes:
         step: steps done.
         metrics: figures of that step by `train/NAME` and `val/NAME`; one of them ranks the checkpoint.
-        before: what the model could do before the first step, by `SET/accuracy` and `SET/reward`, so that a resumed run
-            need not measure again.
+        before: what the model could do before the first step, by `SET/accuracy` and `SET/reward`, and its `val/loss`,
+            so that a resumed run need not measure again.
         epochs: whole passes over the data done.
     """
 

@@ -18,6 +18,7 @@ def train_grpo(config: GRPOConfig, run: Run, policy: Policy, source: RolloutSour
     weights.
     """
     objective = grpo_objective(config)
+    run.begin(source.validate)
     for step in run.steps(loader):
         with run.phase("generate"):
             collected = source.groups(next(loader), step)

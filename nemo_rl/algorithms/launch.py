@@ -118,7 +118,6 @@ def measure_before(run: Run, source: RolloutSource, problems: Problems) -> None:
             by_prompt = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             run.console.note(f"greedy {figure} before training, by prompt: {by_prompt}")
             break
-    run.begin(source.validate)
 
 
 def rollout_source(

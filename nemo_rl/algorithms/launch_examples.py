@@ -1,22 +1,27 @@
-"""Training on given answers from a validated configuration to a finished run: SFT, and preferences."""
+"""Training on given answers from a validated configuration to a finished run: SFT, preferences, distillation."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from nemo_rl.algorithms.distillation import distillation_objective, train_offline_distillation
 from nemo_rl.algorithms.outcome import Outcome, finish
 from nemo_rl.algorithms.preference import preference_objective, train_on_judged, train_on_pairs
 from nemo_rl.algorithms.run import Run
 from nemo_rl.algorithms.sft import train_sft
 from nemo_rl.algorithms.start import load_model, start
+from nemo_rl.algorithms.teachers import find_teachers, start_teachers
 from nemo_rl.config.load import LoadedConfig
+from nemo_rl.config.schema.distillation import OfflineDistillationConfig
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.run import ExampleRunConfig
 from nemo_rl.config.schema.sft import SFTConfig
 from nemo_rl.data.supervised import Supervision, prepare_examples, prepare_preferences
+from nemo_rl.data.types import Chat, Example
 from nemo_rl.objectives.preference import KTOObjective
 from nemo_rl.workers.handles import Policy
 from nemo_rl.workers.train import TrainWorker
@@ -51,6 +56,28 @@ def launch_preference(loaded: LoadedConfig[DPOConfig], command: Sequence[str] = 
         return _launch(config, prepare_examples, train, command, with_reference=True)
     train = partial(train_on_pairs, objective=objective)
     return _launch(config, prepare_preferences, train, command, with_reference=objective.needs_reference)
+
+
+def launch_offline_distillation(
+    loaded: LoadedConfig[OfflineDistillationConfig], command: Sequence[str] = ()
+) -> Outcome:
+    """Distil on given answers from start, or from the latest checkpoint, to the end of the run; see `_launch`.
+
+    Raises:
+        ConfigError: besides, the teacher's vocabulary is not the student's; before anything heavy is loaded.
+    """
+    config = loaded.config
+    teaching = find_teachers(config)
+    objective = distillation_objective(config, teaching.vocab_size)
+
+    def train(run: Run, policy: Policy, data: Supervision[Chat, Example]) -> None:
+        with ExitStack() as stack:
+            with run.phase("load"):
+                teachers = start_teachers(config, stack, teaching)
+                teachers.introduce(policy)
+            train_offline_distillation(run, policy, data, teachers, objective)
+
+    return _launch(config, prepare_examples, train, command)
 
 
 def _launch[Item, Ready](

@@ -120,7 +120,8 @@ def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, co
         "metrics": f"{_from_here(logs / 'metrics.jsonl')}{curves}",
     }
     if (loss := run.info.metrics.get("val/loss")) is not None:
-        rows["validation loss"] = f"{loss:.3f}"
+        before = run.info.before.get("val/loss")
+        rows["validation loss"] = f"{loss:.3f}" if before is None else f"{before:.3f} before, {loss:.3f} after"
     if (folder / "rollouts").exists():
         rows["rollouts"] = _from_here(folder / "rollouts")
     if config.checkpointing.enabled and run.saved_step:

@@ -34,6 +34,8 @@ _SHOWN = {
     "train/reward/mean": "reward",
     "train/environment/accuracy": "accuracy",
     "train/nll": "loss",
+    "train/forward_kl": "forward KL",
+    "train/reverse_kl": "reverse KL",
     "train/preference_loss": "loss",
     "train/accuracy": "accuracy",
 }
@@ -223,6 +225,8 @@ class Run:
         named = prefixed("val", metrics)
         self._logger.log(step, named)
         self.info = replace(self.info, metrics={**self.info.metrics, **scalars(named)})
+        if step == 0 and "loss" in metrics:
+            self.info = replace(self.info, before={**self.info.before, "val/loss": metrics["loss"].value})
         known = {name: metrics[name].value for name in ("loss", "accuracy") if name in metrics}
         told = ", ".join(f"{name} {value:.3f}" for name, value in known.items())
         self.console.note(f"step {step}: validation {told or 'accuracy unknown'}")

@@ -11,6 +11,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Completion, GenerationRequest
 from nemo_rl.interfaces import Objective, WorkerHandle
 from nemo_rl.metrics import Metrics
+from nemo_rl.objectives.logprobs import LogitHead
 
 
 class Policy:
@@ -35,6 +36,10 @@ class Policy:
     def values(self, batch: TokenBatch) -> Tensor:
         """float32 [N], the value before each loss token."""
         return self._worker.call("values", batch).result()
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Let objectives compare with teachers of whose hidden states these heads make logits; they travel once."""
+        self._worker.call("hold_teachers", heads).result()
 
     @contextmanager
     def reference(self) -> Generator[None]:

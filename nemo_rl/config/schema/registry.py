@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 
 from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.distillation import DistillationConfig, OfflineDistillationConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.config.schema.sft import SFTConfig
 
-RUNS: Mapping[str, type[RunConfig]] = {config.algorithm: config for config in (GRPOConfig, SFTConfig, DPOConfig)}
+RUNS: Mapping[str, type[RunConfig]] = {
+    config.algorithm: config
+    for config in (GRPOConfig, SFTConfig, DPOConfig, DistillationConfig, OfflineDistillationConfig)
+}
 """By the name of the command, which is also that of the section with the loop."""
