@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Completion, GenerationRequest, Message, Outcome
 from nemo_rl.metrics import Metrics
-from nemo_rl.objectives.logprobs import Reads
+from nemo_rl.objectives.logprobs import LogitHead, Reads
 
 
 class Objective(Protocol):
@@ -52,6 +52,10 @@ class TrainingBackend(Protocol):
         """float32 [N]: the value before each token where `loss_mask` is true, 0 elsewhere; for models with one."""
         ...
 
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Keep the heads of teachers, which `DistributionOutputs.teachers` shows to the objective from then on."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Within it, `logprobs` are those of the frozen reference weights."""
         ...
@@ -68,6 +72,22 @@ class TrainingBackend(Protocol):
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, device, precision, `optimizer_steps` begun: equal as long as the weights are."""
+        ...
+
+
+class TeacherBackend(Protocol):
+    """Says what another model would have written; never changes. Rows of tokens without loss are 0."""
+
+    def topk_logprobs(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens in place of each token: log-probabilities float32 [N, k] and ids int32 [N, k]."""
+        ...
+
+    def last_hidden(self, batch: TokenBatch) -> Tensor:
+        """[N, H], what the head turns into the logits of each token: as good as all of them, and smaller."""
+        ...
+
+    def head(self) -> LogitHead:
+        """The LM head, to travel once to where logits are compared."""
         ...
 
 

@@ -67,7 +67,6 @@ def launch_sampled(
     command: Sequence[str],
     *,
     head: PolicyHead = "language",
-    share: float = 1.0,
     with_reference: bool = False,
 ) -> Outcome:
     """Build the parts of a run, resume, measure, train, measure again, export and sum up.
@@ -77,7 +76,6 @@ def launch_sampled(
         build: makes the loop.
         command: what started this, for the advice on how to go on; without it that names the configuration it writes.
         head: what stands on the policy's trunk.
-        share: of the device that the policy takes.
         with_reference: keep the starting weights, to compare with.
 
     Raises:
@@ -94,7 +92,7 @@ def launch_sampled(
             environments = build_environments(config.env)
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)
-            worker = begun.worker(stack, PolicyWorker, model, share=share, head=head, with_reference=with_reference)
+            worker = begun.worker(stack, PolicyWorker, model, head=head, with_reference=with_reference)
             policy = Policy(worker)
             loop = build(begun, stack, model)
             info = begun.checkpoints.resume(policy, problems.loader)
@@ -126,7 +124,6 @@ def measure_before(run: Run, source: RolloutSource, problems: Problems) -> None:
             by_prompt = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             run.console.note(f"greedy {figure} before training, by prompt: {by_prompt}")
             break
-    run.begin(source.validate)
 
 
 def rollout_source(

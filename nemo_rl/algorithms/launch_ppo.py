@@ -16,9 +16,6 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.workers.handles import Learner, Policy
 from nemo_rl.workers.train import TrainWorker
 
-_SHARE = 0.5
-"""Of the device that policy and separate critic live on: they take turns, and a scheduler must place both."""
-
 
 def launch_ppo(loaded: LoadedConfig[PPOConfig], command: Sequence[str] = ()) -> Outcome:
     """Run PPO from start, or from the latest checkpoint, to its end; see `launch_sampled`."""
@@ -40,7 +37,6 @@ def launch_ppo(loaded: LoadedConfig[PPOConfig], command: Sequence[str] = ()) -> 
         build,
         command,
         head="language_and_value" if section is None else "language",
-        share=1.0 if section is None else _SHARE,
         with_reference=config.loss_fn.reference_policy_kl_penalty > 0,
     )
 
@@ -58,7 +54,7 @@ def start_critic(section: SeparateValueConfig, begun: Start, stack: ExitStack, p
             f" policy.model_name={policy.policy.model_name} with {len(policy.tokenizer)}: a critic reads the policy's"
             " tokens, so give it a model of the same family"
         )
-    critic = Learner(begun.worker(stack, TrainWorker, model, share=_SHARE, head="scalar"))
+    critic = Learner(begun.worker(stack, TrainWorker, model, head="scalar"))
     begun.checkpoints.include("value", critic)
     return critic
 

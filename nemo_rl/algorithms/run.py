@@ -35,6 +35,8 @@ _SHOWN = {
     "train/reward/mean": "reward",
     "train/environment/accuracy": "accuracy",
     "train/nll": "loss",
+    "train/forward_kl": "forward KL",
+    "train/reverse_kl": "reverse KL",
     "train/preference_loss": "loss",
     "train/accuracy": "accuracy",
 }

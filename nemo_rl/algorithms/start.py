@@ -17,7 +17,7 @@ from nemo_rl.algorithms.run import Run
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import dump_config
 from nemo_rl.config.schema.cluster import ClusterConfig
-from nemo_rl.config.schema.policy import TrainedPolicyConfig
+from nemo_rl.config.schema.policy import ModelConfig, TrainedPolicyConfig
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.data.lengths import LengthCache
 from nemo_rl.distributed.cache import cache_dir
@@ -33,8 +33,8 @@ from nemo_rl.training.pytorch.backend import build_optimization
 
 
 @dataclass(frozen=True, slots=True)
-class Model[P: TrainedPolicyConfig]:
-    """What a worker loads: `source` (a folder or a hub name) and the `policy` section; and the tokenizer of both."""
+class Model[P: ModelConfig]:
+    """What a worker loads: `source` (a folder or a hub name) and its section; and the tokenizer of both."""
 
     source: str
     policy: P
@@ -79,16 +79,10 @@ class Start:
         return LengthCache(cache_dir() / "token_lengths", self.console.track)
 
     def worker(
-        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], *, share: float = 1.0, **arguments: object
+        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object
     ) -> WorkerHandle:
-        """Start a worker of a model on a `share` of the device, with further arguments of its kind."""
-        cluster = self.config.cluster
-        executor = stack.enter_context(
-            make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
-        )
-        num_cpus = max(share, int(share * (model.policy.num_threads or 1)))  # Ray counts above 1 in whole ones
-        resources = Resources(num_cpus=float(num_cpus), num_gpus=share if cluster.gpus_per_node > 0 else 0.0)
-        return executor.start(kind, model.policy, model.source, resources=resources, **arguments)
+        """Start a worker of a model, with the resources it needs and further arguments of its kind."""
+        return start_worker(self.config, stack, kind, model, **arguments)
 
     def run(self, info: TrainingInfo) -> Run:
         """Open the records of the run, which goes on after `info`.
@@ -137,7 +131,20 @@ def start(config: RunConfig) -> Start:
     return Start(config, timer, checkpoints, console, earlier)
 
 
-def load_model[P: TrainedPolicyConfig](policy: P) -> Model[P]:
+def start_worker(
+    config: RunConfig, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object
+) -> WorkerHandle:
+    """Start a worker of a model; the models of a run take turns, so they share its cores and its GPU."""
+    cluster, share = config.cluster, 1 / config.num_models
+    executor = stack.enter_context(
+        make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
+    )
+    num_cpus = max(share, int(share * (model.policy.num_threads or 1)))  # Ray counts above 1 in whole ones
+    resources = Resources(num_cpus=float(num_cpus), num_gpus=share if cluster.gpus_per_node > 0 else 0.0)
+    return executor.start(kind, model.policy, model.source, resources=resources, **arguments)
+
+
+def load_model[P: ModelConfig](policy: P) -> Model[P]:
     """Find the model and load its tokenizer.
 
     Raises:
@@ -148,7 +155,7 @@ def load_model[P: TrainedPolicyConfig](policy: P) -> Model[P]:
     return Model(source, policy, load_tokenizer(policy.tokenizer.name or source, policy.tokenizer.chat_template))
 
 
-def worker_policy[P: TrainedPolicyConfig](policy: P, source: str) -> P:
+def worker_policy[P: ModelConfig](policy: P, source: str) -> P:
     """The `policy` section as its worker takes it, wherever that is.
 
     The tokenizer's name is resolved, and the threads are those of this process, because Ray would allow one.

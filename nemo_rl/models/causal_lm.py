@@ -3,13 +3,12 @@
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemo_rl.errors import ModelError
 from nemo_rl.models.stream_model import StreamModel, take_plans
-from nemo_rl.objectives.logprobs import TokenHead
+from nemo_rl.objectives.logprobs import LogitHead, TokenHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 
 VALUE_HEAD = "value_head"
@@ -66,10 +65,11 @@ class CausalLM(StreamModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute whole logits, float32 [S, V], from hidden states [S, H]; for sampling."""
-        logits = F.linear(hidden.to(self.head.weight.dtype), self.head.weight, self.head.bias).float()
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        return self.logit_head()(hidden)
+
+    def logit_head(self) -> LogitHead:
+        """The head, which shares its weights."""
+        return LogitHead(self.head.weight, self.head.bias, self.logit_scale, self.softcap)
 
     def token_head(
         self, *, temperature: float, chunk_size: int, truncation: Truncation = WHOLE, with_entropy: bool = True

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -77,6 +78,19 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedT
     if chat_template is not None:
         tokenizer.chat_template = _chat_template(chat_template)
     return tokenizer
+
+
+def vocabulary_size(source: str) -> int:
+    """How many logits a model has, the padding of its vocabulary included.
+
+    Args:
+        source: what `resolve_model` returned.
+
+    Raises:
+        ModelError: it has no configuration.
+    """
+    with _loading(source, "the configuration of a model"):
+        return AutoConfig.from_pretrained(source).get_text_config().vocab_size
 
 
 def end_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ nothing else, so every block of the weight's gradient is one complete matrix pro
 bfloat16) and only the small gradient of the hidden states is added up, in float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast
 
 import torch
@@ -41,6 +41,36 @@ class TokenOutputs:
     policy_logprobs: Tensor
     entropy: Tensor
     values: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogitHead:
+    """A language-model head on its own: hidden states to whole logits.
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+        logit_scale: multiplies the raw logits.
+        softcap: `cap * tanh(x / cap)` after the scale; None for no cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[m, H] -> logits [m, V], float32 (float64 for float64 weights)."""
+        raw = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = raw.to(_accumulator(raw.dtype))
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def to(self, device: torch.device | str) -> "LogitHead":
+        """The same head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from nemo_rl.metrics import Max, Metrics, Sum, merge
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.scalar_model import ScalarModel, scalar_values
 from nemo_rl.objectives.distillation import DistributionOutputs
-from nemo_rl.objectives.logprobs import Reads, TokenOutputs, select_hidden
+from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenOutputs, select_hidden
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.objectives.value import ScalarOutputs
 
@@ -39,6 +39,7 @@ class Scorer:
         min_shared: shortest prefix worth sharing, in tokens.
         autocast: dtype to compute in when the weights are float32, or None.
         truncation: of the sampler.
+        teachers: heads that the model is compared with.
     """
 
     model: CausalLM | ScalarModel
@@ -48,6 +49,7 @@ class Scorer:
     min_shared: int = 8
     autocast: torch.dtype | None = None
     truncation: Truncation = WHOLE
+    teachers: tuple[LogitHead, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +80,8 @@ class Scorer:
                 case "logprobs", CausalLM() as model:
                     return self._token_outputs(model, hidden, stream, with_entropy), stream
                 case "distribution", CausalLM() as model:
-                    return DistributionOutputs(self._rows(hidden, stream), self._logits(model)), stream
+                    rows = self._rows(hidden, stream)
+                    return DistributionOutputs(rows, self._logits(model), self.teachers), stream
                 case "values" | "head_values", ScalarModel(score=head) | CausalLM(value_head=nn.Linear() as head):
                     return ScalarOutputs(scalar_values(head, self._rows(hidden, stream))), stream
                 case _:
@@ -182,12 +185,23 @@ def score_tokens(
 ) -> Tensor:
     """Log-probabilities or values, float32 [N], of the tokens that carry loss, 0 elsewhere; no gradient."""
     scores = torch.zeros(batch.num_tokens)
-    numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
-    with torch.no_grad():
-        for micro_batch in scorer.cut(numbered, max_tokens):
-            outputs, stream = scorer.score(micro_batch, reads, with_entropy=False)
-            where = micro_batch.token_columns["position"][stream.token_index]
-            assert not isinstance(outputs, DistributionOutputs)  # not what was asked for
-            found = outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs
-            scores[where] = found.cpu()
+    for outputs, where in read_tokens(scorer, batch, reads, max_tokens=max_tokens):
+        assert not isinstance(outputs, DistributionOutputs)  # not what was asked for
+        found = outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs
+        scores[where] = found.cpu()
     return scores
+
+
+def read_tokens(
+    scorer: Scorer, batch: TokenBatch, reads: Reads, *, max_tokens: int
+) -> Iterator[tuple[Outputs, Tensor]]:
+    """Run the model over a batch without gradient.
+
+    Yields:
+        Of each micro-batch the outputs for its M loss tokens, and int64 [M] where these stand in the batch.
+    """
+    numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
+    for micro_batch in scorer.cut(numbered, max_tokens):
+        with torch.no_grad():  # not around the yield, where it would hold for the caller too
+            outputs, stream = scorer.score(micro_batch, reads, with_entropy=False)
+        yield outputs, micro_batch.token_columns["position"][stream.token_index]

@@ -11,6 +11,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Completion, GenerationRequest
 from nemo_rl.interfaces import Objective, WorkerHandle
 from nemo_rl.metrics import Metrics
+from nemo_rl.objectives.logprobs import LogitHead
 
 
 class Learner:
@@ -75,6 +76,10 @@ class Policy(Learner):
     def publish(self, version: int) -> None:
         """Let the sampler answer with the current weights, as this version."""
         self._worker.call("publish", version).result()
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Let objectives compare with teachers of whose hidden states these heads make logits; they travel once."""
+        self._worker.call("hold_teachers", heads).result()
 
 
 class ColocatedGenerator:

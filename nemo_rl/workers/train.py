@@ -1,6 +1,6 @@
 """`TrainWorker`: what runs where a policy lives that is trained and never sampled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nemo_rl.distributed.memory import peak_memory_bytes
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics
 from nemo_rl.models.load import load_tokenizer, quiet_libraries
+from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.training.pytorch.backend import Head, PyTorchBackend
 
 
@@ -49,6 +50,10 @@ class TrainWorker:
         """float32 [N], under the weights the run started from."""
         with self._backend.reference():
             return self._backend.logprobs(batch)
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Keep the heads of teachers."""
+        self._backend.hold_teachers(heads)
 
     def save(self, folder: Path) -> None:
         """Write the training state."""

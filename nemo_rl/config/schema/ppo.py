@@ -122,6 +122,11 @@ class PPOConfig(SampledRunConfig):
         return self.ppo
 
     @property
+    def num_models(self) -> int:
+        """The policy, and a critic of its own."""
+        return 1 if self.critic is None else 2
+
+    @property
     def critic(self) -> SeparateValueConfig | None:
         """The section `value`, if the critic is a model of its own."""
         return self.value if isinstance(self.value, SeparateValueConfig) else None

@@ -98,6 +98,11 @@ class RunConfig(CommandConfig):
     def loop(self) -> LoopConfig:
         """The algorithm's own section."""
 
+    @property
+    def num_models(self) -> int:
+        """Models that are computed with, in turns, each in a worker of its own."""
+        return 1
+
     @model_validator(mode="after")
     def _device_is_there(self) -> Self:
         if self.policy.device == "cuda" and self.cluster.executor == "ray" and self.cluster.gpus_per_node == 0:

@@ -1,7 +1,8 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
 from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
 from nemo_rl.models.scalar_model import ScalarModel
+from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler, clip_grad_norm
@@ -124,6 +126,10 @@ class PyTorchBackend:
     def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """The loss of a batch and its metrics; no weight changes."""
         return evaluate_step(self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens)
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Keep the heads of teachers, on this device, for objectives that compare whole vocabularies."""
+        self._scorer = replace(self._scorer, teachers=tuple(head.to(self._scorer.device) for head in heads))
 
     def _update(self) -> Metrics:
         norm = clip_grad_norm(self._masters.parameters, self._config.max_grad_norm)
