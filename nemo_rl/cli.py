@@ -124,8 +124,9 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _explain(key: str) -> None:
     from nemo_rl.config.explain import explain
     from nemo_rl.config.schema.algorithms import GRPOConfig
+    from nemo_rl.config.schema.registry import RUNS
 
-    sys.stdout.write(f"{explain(key, GRPOConfig)}\n")
+    sys.stdout.write(f"{explain(key, RUNS.get(key.partition('.')[0], GRPOConfig))}\n")
 
 
 def _migrate(file: str) -> None:
