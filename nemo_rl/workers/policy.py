@@ -36,7 +36,7 @@ class PolicyWorker(TrainWorker):
             model,
             decode=lambda token_ids: cast(str, tokenizer.decode(list(token_ids))),
             max_batch_size=config.generation.max_batch_size,
-            autocast=self._backend.autocast,
+            autocast=self._backend.precision.autocast,
         )
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:

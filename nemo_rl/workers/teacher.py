@@ -9,6 +9,7 @@ from nemo_rl.config.schema.policy import ModelConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, quiet_libraries
+from nemo_rl.models.precision import precision_of
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.training.pytorch.backend import choose_device
 from nemo_rl.training.step import Scorer
@@ -35,8 +36,9 @@ class TeacherWorker:
         quiet_libraries()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        module, _ = load_causal_lm(source, dtype=dtype, device=choose_device(config.device))
+        device = choose_device(config.device)
+        precision = precision_of(config.precision, device)
+        module, _ = load_causal_lm(source, dtype=precision.weights, device=device)
         self._model = CausalLM.wrap(module.eval().requires_grad_(False))
         self._max_tokens, self._vocab_size = config.logprob_mb_tokens, vocab_size
         self._scorer = Scorer(
@@ -45,7 +47,7 @@ class TeacherWorker:
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
-            autocast=torch.bfloat16 if config.precision == "bfloat16_autocast" else None,
+            autocast=precision.autocast,
         )
 
     def topk_logprobs(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:

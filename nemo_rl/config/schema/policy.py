@@ -77,9 +77,9 @@ class ModelConfig(Section):
     logprob_mb_tokens: PositiveInt = 8192
     """Tokens of one micro-batch of a forward pass without gradient."""
 
-    precision: Literal["float32", "bfloat16", "bfloat16_autocast"] = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16", "bfloat16_autocast"] = "bfloat16"
     """`bfloat16`: weights in bfloat16 (with float32 master copies where they are trained); `bfloat16_autocast`: float32
-    weights, arithmetic in bfloat16."""
+    weights, arithmetic in bfloat16; `auto`: `bfloat16` where the hardware computes in it, `float32` elsewhere."""
 
     share_prefixes: bool = True
     """Compute a prompt once for all its answers."""

@@ -19,6 +19,7 @@ from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
 from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
+from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
@@ -61,8 +62,8 @@ def _load(
     config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase
 ) -> CausalLM | ScalarModel:
     """Load a model without dropout, which has no place in a ratio of probabilities."""
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     device = choose_device(config.device)
+    dtype = precision_of(config.precision, device).weights
     if head == "scalar":
         module, _ = load_scalar_model(
             source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
@@ -96,7 +97,7 @@ class PyTorchBackend:
         """
         self.model = _load(config, source, head, tokenizer)
         module = self.model.module
-        self.autocast = torch.bfloat16 if config.precision == "bfloat16_autocast" else None
+        self.precision = precision_of(config.precision, self.model.device)
         self._config = config
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
@@ -110,7 +111,7 @@ class PyTorchBackend:
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
-            autocast=self.autocast,
+            autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
 
@@ -197,7 +198,7 @@ class PyTorchBackend:
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
-        dtype = torch.float32 if self._config.precision == "float32" else torch.bfloat16
+        dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
         export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named)
 
     def describe(self) -> Mapping[str, Any]:
@@ -206,6 +207,6 @@ class PyTorchBackend:
             "model": type(self.model.module).__name__,
             "parameters": self.model.num_parameters,
             "device": str(self._scorer.device),
-            "precision": self._config.precision,
+            "precision": self.precision.name,
             "optimizer_steps": self._optimizer_steps,
         }
