@@ -69,7 +69,7 @@ def test_interpolation_reaches_written_values_defaults_and_arithmetic() -> None:
     assert config.grpo.seed == 0
     assert config.data.num_workers == 6 * 8 * 2 / 4
     assert config.policy.tokenizer.name == "embedded:SmolLM2-135M-Instruct"
-    assert config.checkpointing.checkpoint_dir == "results/bfloat16-1.0"
+    assert config.checkpointing.checkpoint_dir == "results/auto-1.0"
 
 
 def test_overrides_set_add_merge_and_remove() -> None:
