@@ -37,7 +37,6 @@ class BatchPlan:
         generated: sampled tokens.
         padded: tokens of all rollouts, each with a prompt of its own.
         computed: tokens that training computes, a shared prompt counted once in every micro-batch that holds it.
-        minibatches: optimizer steps.
         microbatches: micro-batches of one optimizer step.
         largest: tokens of the largest micro-batch.
     """
@@ -45,7 +44,6 @@ class BatchPlan:
     generated: int
     padded: int
     computed: int
-    minibatches: int
     microbatches: int
     largest: int
 
@@ -62,13 +60,11 @@ def batch_plan(config: SampledRunConfig) -> BatchPlan:
     fitting = max((size for size in range(1, answers + 1) if cost(size) <= policy.train_mb_tokens), default=1)
     parts = [fitting] * (answers // fitting) + [answers % fitting] * (answers % fitting > 0)
     whole = max(1, policy.train_mb_tokens // cost(answers)) if len(parts) == 1 else 1
-    minibatches = config.num_rollouts_per_step // policy.train_global_batch_size
     groups = policy.train_global_batch_size // answers
     return BatchPlan(
         generated=config.num_rollouts_per_step * answer,
         padded=config.num_rollouts_per_step * (prompt + answer),
         computed=config.loop.num_prompts_per_step * sum(map(cost, parts)),
-        minibatches=minibatches,
         microbatches=-(-groups * len(parts) // whole),
         largest=min(whole, groups) * cost(fitting),
     )
