@@ -183,14 +183,15 @@ def test_distillation_follows_merge_keys_and_relative_interpolation() -> None:
     assert policy["tokenizer"]["name"] == policy["model_name"] == "Qwen/Qwen3-1.7B-Base"
     assert teacher["tokenizer"]["name"] == teacher["model_name"] == "Qwen/Qwen3-4B"
     assert (policy["train_mb_tokens"], policy["logprob_mb_tokens"]) == (8192, 2 * 8192)
-    assert (teacher["train_mb_tokens"], teacher["logprob_mb_tokens"]) == (4096, 2 * 4096)
+    assert teacher["logprob_mb_tokens"] == 2 * 4096
+    assert not {"optimizer", "train_global_batch_size", "train_mb_tokens", "generation"} & teacher.keys()
     assert clean["loss_fn"] == {"kl_type": "mixed", "mixed_kl_weight": 0.5, "zero_outside_topk": False}
     assert clean["data"]["train"] == {"name": "DeepScaler", "environment": "math"}
     repeated = clean["data"]["validation"]
     assert (repeated["repeat"], repeated["datasets"][0]["data"]["path"]) == (16, "HuggingFaceH4/aime_2024")
     assert clean["logger"]["wandb"]["name"] == "DeepScaler-Qwen/Qwen3-4B-mixed"
     assert len(set(noted)) == len(noted)
-    assert {"teacher.generation", "teacher.dtensor_cfg.cpu_offload", "logger.swanlab_enabled"} <= set(noted)
+    assert {"teacher.generation", "teacher.optimizer", "teacher.dtensor_cfg.cpu_offload", "logger.swanlab_enabled"} <= set(noted)
     assert "policy.dtensor_cfg.cpu_offload" not in noted
 
 

@@ -59,6 +59,10 @@ _DPO: Table = {
     **_keep("dpo", "preference_loss_weight", "sft_loss_weight", "preference_loss"),
     "dpo.gt_reward_scale": Refuse("it belongs to the losses of RPO, which are not here: leave it out"),
 }
+_TEACHER_SIZES = (
+    *("teacher.train_global_batch_size", "teacher.train_micro_batch_size", "teacher.max_total_sequence_length"),
+    *("teacher.dynamic_batching.train_mb_tokens", "teacher.sequence_packing.train_mb_tokens"),
+)
 _DISTILLATION: Table = {
     **_keep("distillation", "num_prompts_per_step", "num_generations_per_prompt", "max_num_steps", "max_num_epochs"),
     **_keep("distillation", "val_period", "val_at_start", "val_at_end", "max_val_samples", "topk_logits_k", "seed"),
@@ -67,6 +71,8 @@ _DISTILLATION: Table = {
     **_keep("loss_fn", "kl_type", "mixed_kl_weight", "zero_outside_topk"),
     **policy_keys("teacher"),
     "teacher.generation": Ignore("a teacher scores and samples nothing"),
+    **{f"teacher.{name}": Ignore("a teacher is not trained") for name in ("optimizer", "scheduler", "max_grad_norm")},
+    **dict.fromkeys(_TEACHER_SIZES, NOTHING),  # of training, or of the student's sequences
 }
 _EVAL: Table = {
     **_keep("eval", "metric", "num_tests_per_prompt", "seed", "k_value", "save_path"),
