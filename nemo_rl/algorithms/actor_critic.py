@@ -5,11 +5,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nemo_rl.algorithms.policy_batch import policy_objective
 from nemo_rl.algorithms.ppo_batch import minibatches
 from nemo_rl.config.schema.ppo import PPOConfig, SeparateValueConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.metrics import Metrics, Sum, merge
-from nemo_rl.objectives.policy import ClippedPolicyObjective
 from nemo_rl.objectives.value import ActorCriticObjective, ValueHeadObjective, ValueObjective
 from nemo_rl.workers.handles import Learner, Policy
 
@@ -43,7 +43,7 @@ class SharedActorCritic:
     def train(self, batch: TokenBatch, *, with_policy: bool) -> Metrics:
         """Make all passes; without the policy the trunk keeps its weights, bit for bit, and the head alone learns."""
         value = value_objective(self.config)
-        joint = ActorCriticObjective(policy_objective(self.config), value)
+        joint = ActorCriticObjective(policy_objective(self.config.loss_fn, on_policy=self.config.on_policy), value)
         objective = joint if with_policy else ValueHeadObjective(value.clip, value.weight)
         size, epochs = self.config.policy.train_global_batch_size, self.config.ppo.ppo_epochs
         parts = minibatches(self.config, batch, size) * epochs
@@ -69,7 +69,10 @@ class SeparateActorCritic:
         parts = minibatches(self.config, batch, self.section.train_global_batch_size) * epochs
         figures = merge(self.critic.train(part, value) for part in parts) | {"optimizer_steps": Sum(len(parts))}
         metrics = {name if name in _CRITIC_FIGURES else f"critic/{name}": one for name, one in figures.items()}
-        objective, size = policy_objective(self.config), self.config.policy.train_global_batch_size
+        objective, size = (
+            policy_objective(self.config.loss_fn, on_policy=self.config.on_policy),
+            self.config.policy.train_global_batch_size,
+        )
         parts = minibatches(self.config, batch, size) * (self.config.ppo.ppo_epochs if with_policy else 0)
         metrics |= merge(self.policy.train(part, objective) for part in parts)
         return metrics | {"optimizer_steps": Sum(len(parts))}
@@ -78,18 +81,3 @@ class SeparateActorCritic:
 def value_objective(config: PPOConfig) -> ValueObjective:
     """Build the critic's objective of the section `value_loss_fn`."""
     return ValueObjective(clip=config.value_loss_fn.cliprange, weight=config.value_loss_fn.scale)
-
-
-def policy_objective(config: PPOConfig) -> ClippedPolicyObjective:
-    """Build the policy's objective of the section `loss_fn`."""
-    loss = config.loss_fn
-    return ClippedPolicyObjective(
-        ratio_clip_min=loss.ratio_clip_min,
-        ratio_clip_max=loss.ratio_clip_max,
-        ratio_clip_c=loss.ratio_clip_c,
-        kl_weight=loss.reference_policy_kl_penalty if loss.kl_in_loss else 0.0,
-        kl_type=loss.reference_policy_kl_type,
-        kl_input_clamp=loss.kl_input_clamp_value,
-        kl_output_clamp=loss.kl_output_clamp_value,
-        on_policy=config.on_policy,
-    )

@@ -1,6 +1,7 @@
 """Proximal policy optimisation (Schulman et al., 2017) for language models, one visible loop."""
 
 from nemo_rl.algorithms.actor_critic import ActorCritic
+from nemo_rl.algorithms.policy_batch import with_old_logprobs, with_reference_logprobs
 from nemo_rl.algorithms.ppo_batch import rollout_batch, with_advantages
 from nemo_rl.algorithms.run import Run
 from nemo_rl.algorithms.sampling import RolloutSource
@@ -20,6 +21,7 @@ def train_ppo(
     -> rewards of tokens, minus the KL term if it is one -> generalised advantages over the sampled tokens, whitened ->
     passes of critic and policy over minibatches -> publish the weights. In the first steps the critic may learn alone.
     """
+    run.begin(source.validate)
     for step in run.steps(loader):
         with_policy = step > config.ppo.policy_training_start_step
         with run.phase("generate"):
@@ -46,8 +48,7 @@ def with_logprobs(config: PPOConfig, policy: Policy, batch: TokenBatch, *, with_
     """
     loss = config.loss_fn
     if loss.kl_in_reward or (with_policy and not config.on_policy):
-        batch = batch.with_columns(old_logprobs=policy.logprobs(batch))
+        batch = with_old_logprobs(policy, batch)
     if loss.kl_in_reward or (with_policy and loss.kl_in_loss):
-        with policy.reference():
-            batch = batch.with_columns(reference_logprobs=policy.logprobs(batch))
+        batch = with_reference_logprobs(policy, batch)
     return batch

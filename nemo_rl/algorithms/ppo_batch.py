@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from nemo_rl.algorithms.policy_batch import policy_batch
 from nemo_rl.config.schema.ppo import PPOConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import RolloutGroup
-from nemo_rl.metrics import Max, Mean, Metrics, Min, Sum
+from nemo_rl.metrics import Max, Mean, Metrics, Min
 from nemo_rl.objectives.advantages import normalize_over_batch
 from nemo_rl.objectives.jagged import sequence_means
 from nemo_rl.objectives.kl import kl_penalty
@@ -25,21 +26,12 @@ def rollout_batch(config: PPOConfig, groups: list[RolloutGroup], *, version: int
         version: of the weights that are about to be trained.
 
     Returns:
-        The batch, with the sequence column `valid` bool [B], and figures of its tokens and staleness.
+        See `policy_batch`.
     """
-    batch = TokenBatch.from_rollouts(groups)
-    sampled, truncated = batch.token_columns["loss_mask"], batch.sequence_columns["truncated"]
-    valid = ~truncated if config.ppo.overlong_filtering else torch.ones_like(truncated)
-    staleness = [version - rollout.policy_version for group in groups for rollout in group.rollouts]
-    metrics: Metrics = {
-        "staleness/mean": Mean(sum(staleness), len(staleness)),
-        "staleness/max": Max(max(staleness)),
-        "share_filtered": Mean(float((~valid).sum()), len(valid)),
-        "tokens_collected": Sum(batch.num_tokens),
-        "tokens_sampled": Sum(float(sampled.sum())),
-    }
-    batch = batch.with_columns(loss_mask=sampled & batch.per_token(valid))
-    return batch.with_sequence_columns(valid=valid), metrics
+    limit = config.policy.generation.max_new_tokens
+    batch, metrics = policy_batch(config.ppo, groups, max_new_tokens=limit, version=version)
+    valid = batch.per_token(batch.sequence_columns["valid"])
+    return batch.with_columns(loss_mask=batch.token_columns["loss_mask"] & valid), metrics
 
 
 def with_advantages(config: PPOConfig, batch: TokenBatch) -> tuple[TokenBatch, Metrics]:

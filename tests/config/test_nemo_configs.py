@@ -191,7 +191,12 @@ def test_distillation_follows_merge_keys_and_relative_interpolation() -> None:
     assert (repeated["repeat"], repeated["datasets"][0]["data"]["path"]) == (16, "HuggingFaceH4/aime_2024")
     assert clean["logger"]["wandb"]["name"] == "DeepScaler-Qwen/Qwen3-4B-mixed"
     assert len(set(noted)) == len(noted)
-    assert {"teacher.generation", "teacher.optimizer", "teacher.dtensor_cfg.cpu_offload", "logger.swanlab_enabled"} <= set(noted)
+    assert {
+        "teacher.generation",
+        "teacher.optimizer",
+        "teacher.dtensor_cfg.cpu_offload",
+        "logger.swanlab_enabled",
+    } <= set(noted)
     assert "policy.dtensor_cfg.cpu_offload" not in noted
 
 

@@ -50,7 +50,7 @@ class RewardShapingConfig(Section):
 
 
 class RewardedLoopConfig(RolloutLoopConfig):
-    """What becomes of the rewards before they are learnt from, and how often a batch is."""
+    """What becomes of the rewards before they are learnt from."""
 
     overlong_filtering: bool = False
     """Leave answers that hit `policy.generation.max_new_tokens` out of the loss."""
@@ -60,10 +60,6 @@ class RewardedLoopConfig(RolloutLoopConfig):
 
     reward_shaping: RewardShapingConfig | None = None
     """Penalise overlong answers, after the scaling; None does not."""
-
-    num_epochs_per_step: PositiveInt = 1
-    """Passes over the rollouts of a step, each in as many optimizer steps as `policy.train_global_batch_size` cuts it
-    into; the ratio compares with the weights before the first of them."""
 
 
 class GroupAdvantages(Section):
@@ -116,6 +112,10 @@ class DynamicSamplingConfig(Section):
 
 class GRPOLoopConfig(RewardedLoopConfig):
     """Group relative policy optimisation: sizes, rewards, advantages and validation of the loop."""
+
+    num_epochs_per_step: PositiveInt = 1
+    """Passes over the rollouts of a step, each in as many optimizer steps as `policy.train_global_batch_size` cuts it
+    into; the ratio compares with the weights before the first of them."""
 
     adv_estimator: AdvantageConfig = GroupAdvantages(name="grpo")
     """How rewards become advantages."""

@@ -4,8 +4,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nemo_rl.config.schema.algorithms import LossConfig
+from nemo_rl.config.schema.algorithms import RewardedLoopConfig
 from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, conflict
+from nemo_rl.config.schema.loss import LossConfig
 from nemo_rl.config.schema.policy import TrainedPolicyConfig
 from nemo_rl.config.schema.sampled import RolloutLoopConfig, SampledRunConfig
 
@@ -26,7 +27,7 @@ class GAEConfig(Section):
     """Whiten the advantages over the sampled tokens of the whole step."""
 
 
-class PPOLoopConfig(RolloutLoopConfig):
+class PPOLoopConfig(RewardedLoopConfig):
     """Proximal policy optimisation: sizes, advantages, passes and validation of the loop."""
 
     ppo_epochs: PositiveInt = 1
@@ -45,23 +46,6 @@ class PPOLoopConfig(RolloutLoopConfig):
 
     adv_estimator: GAEConfig = GAEConfig()
     """Generalised advantage estimation over the sampled tokens of an answer."""
-
-
-class PPOLossConfig(LossConfig):
-    """The clipped policy loss and its KL term."""
-
-    reference_policy_kl_place: Literal["loss", "reward"] = "loss"
-    """Whether the KL term is added to the loss of a token or subtracted from its reward, before advantages."""
-
-    @property
-    def kl_in_loss(self) -> bool:
-        """Whether the loss compares with the starting weights."""
-        return self.reference_policy_kl_penalty > 0 and self.reference_policy_kl_place == "loss"
-
-    @property
-    def kl_in_reward(self) -> bool:
-        """Whether the rewards do."""
-        return self.reference_policy_kl_penalty > 0 and self.reference_policy_kl_place == "reward"
 
 
 class ValueLossConfig(Section):
@@ -107,8 +91,8 @@ class PPOConfig(SampledRunConfig):
     ppo: PPOLoopConfig = PPOLoopConfig()
     """Proximal policy optimisation: sizes, advantages, passes and validation of the loop."""
 
-    loss_fn: PPOLossConfig = PPOLossConfig()
-    """The clipped policy loss and its KL term."""
+    loss_fn: LossConfig = LossConfig()
+    """The policy loss, its KL term, and the correction for a sampler that differs from the trainer."""
 
     value_loss_fn: ValueLossConfig = ValueLossConfig()
     """The critic's loss, half the squared error of a value, clipped as the policy's ratio is."""
@@ -120,6 +104,11 @@ class PPOConfig(SampledRunConfig):
     def loop(self) -> RolloutLoopConfig:
         """The section `ppo`."""
         return self.ppo
+
+    @property
+    def num_passes_per_step(self) -> int:
+        """Passes of the policy over the rollouts of a step."""
+        return self.ppo.ppo_epochs
 
     @property
     def num_models(self) -> int:
