@@ -146,7 +146,7 @@ def _key(fingerprint: str, tokenizer: "PreTrainedTokenizerBase", about: Sequence
 def _read(path: Path, size: int) -> Tensor | None:
     """What an earlier start wrote; None, with a warning where it is damaged, if there is nothing of use."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(BytesIO(path.read_bytes()), allow_pickle=False) as file:
             lengths = torch.from_numpy(file["lengths"]).long()
     except FileNotFoundError:
         return None

@@ -20,6 +20,7 @@ from nemo_rl.config.schema.data import (
 from nemo_rl.data.datasets.arithmetic import ArithmeticDataset, unrepeatable_questions
 from nemo_rl.data.datasets.records import ItemSequence, RecordDataset, RecordFields, Table
 from nemo_rl.data.datasets.registry import build_dataset
+from nemo_rl.data.datasets.streams import held
 from nemo_rl.data.types import Message, Task, TaskDataset
 from nemo_rl.errors import ConfigError, DataError
 
@@ -36,7 +37,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def local(path: Path, **changes: str) -> TaskDataset:
     keys = {"prompt_key": "problem", "answer_key": "solution", "environment": "quiz", **changes}
-    return build_dataset(LocalDataConfig(name="local", path=str(path), **keys), "train")
+    return held(build_dataset(LocalDataConfig(name="local", path=str(path), **keys), "train"), "a test reads")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -177,7 +178,7 @@ def test_a_folder_in_hub_format_loads_by_split_and_slice(tmp_path: Path) -> None
         spec = HubDataConfig(
             name="hub", path=str(folder), split=split, prompt_key="problem", answer_key="solution", environment="math"
         )
-        return build_dataset(spec, "train")
+        return held(build_dataset(spec, "train"), "a test reads")
 
     assert [len(hub(split)) for split in ("train", "test", "train[:50%]")] == [2, 1, 1]
     assert hub("test")[0].extra == {"ground_truth": "5", "level": 2}
@@ -195,7 +196,8 @@ def test_a_subset_of_a_hub_data_set_is_chosen_by_name(tmp_path: Path) -> None:
 
     def hub(subset: str | None) -> TaskDataset:
         fields = {"prompt_key": "problem", "answer_key": "solution"}
-        return build_dataset(HubDataConfig(name="hub", path=str(folder), subset=subset, **fields), "train")
+        spec = HubDataConfig(name="hub", path=str(folder), subset=subset, **fields)
+        return held(build_dataset(spec, "train"), "a test reads")
 
     assert [len(hub(subset)) for subset in ("easy", "all")] == [1, 2]
     with pytest.raises(DataError, match=r"hub \(subset 'hard'\).*cannot be read.*'easy', 'all'"):
@@ -233,7 +235,8 @@ def test_a_data_set_of_ones_own_is_called_by_import_path(tmp_path: Path) -> None
     )
 
     def custom(name: str, **kwargs: int) -> TaskDataset:
-        return build_dataset(CustomDataConfig(name="custom", path=f"{file}:{name}", kwargs=dict(kwargs)), "train")
+        spec = CustomDataConfig(name="custom", path=f"{file}:{name}", kwargs=dict(kwargs))
+        return held(build_dataset(spec, "train"), "a test reads")
 
     dataset = custom("build", number=3)
     assert [dataset[index].index for index in range(len(dataset))] == [0, 1, 2]

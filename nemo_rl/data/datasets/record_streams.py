@@ -84,7 +84,7 @@ class _Lines:
         return self
 
     def __next__(self) -> tuple[str, Record]:
-        while line := self._file.readline():
+        while not self._file.closed and (line := self._file.readline()):
             self._offset += len(line)
             self._number += 1
             if line.strip():
@@ -138,16 +138,18 @@ class _Rows:
             self._dataset = loaded if stream.decode else loaded.decode(False)
             if dataset is not None:
                 self._dataset.load_state_dict(dict(dataset))
-            self._rows = iter(self._dataset)
+            # `datasets` 5.2.0 would give each loader process the files of its own, of which there may be fewer; batches
+            # are read whole in any process (https://huggingface.co/docs/datasets/use_with_pytorch#distributed)
+            self._rows = self._dataset.iter(batch_size=1)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> tuple[str, Record]:
         with reading_errors(self._stream.source, self._stream.split):
-            row = next(self._rows)
+            batch = cast("Mapping[str, list[Any]]", next(self._rows))
         self._number += 1
-        return f"{self._stream.source}, record {self._number - 1}", cast("Record", row)
+        return f"{self._stream.source}, record {self._number - 1}", {name: value for name, (value,) in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Cursor`."""
