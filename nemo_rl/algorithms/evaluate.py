@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from nemo_rl.algorithms.judges import reward_model_starter
 from nemo_rl.algorithms.samples import (
     SAMPLES,
     SUMMARY,
@@ -93,7 +94,8 @@ def launch_eval(loaded: LoadedConfig[EvalConfig]) -> Evaluation:
             tokenizer_source = source if name is None else resolve_model(name, cache_dir(), part="tokenizer")
             tokenizer = load_tokenizer(tokenizer_source, config.tokenizer.chat_template)
             problems = load_problems(config, tokenizer)
-            environments = build_environments({config.judge: config.environments[config.judge]})
+            judge = {config.judge: config.environments[config.judge]}
+            environments = build_environments(judge, reward_model_starter(config.cluster, stack))
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(lambda: runner.run(environments[config.judge].close()))
             worker = _start_worker(config, stack, source, tokenizer_source)

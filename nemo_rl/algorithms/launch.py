@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.algorithms.grpo import train_grpo
+from nemo_rl.algorithms.judges import reward_model_starter
 from nemo_rl.algorithms.outcome import Outcome, finish
 from nemo_rl.algorithms.problems import Problems, load_problems
 from nemo_rl.algorithms.run import Run
@@ -89,7 +90,7 @@ def launch_sampled(
         with begun.phase("load"):
             model = load_model(config.policy)
             problems = load_problems(config, model.tokenizer, begun.lengths)
-            environments = build_environments(config.env)
+            environments = build_environments(config.env, reward_model_starter(config.cluster, stack))
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)
             worker = begun.worker(stack, PolicyWorker, model, head=head, with_reference=with_reference)

@@ -42,18 +42,13 @@ class ScoreEncoder:
     too_long: TooLong = "error"
     prompt_format: PromptFormat = field(default_factory=PromptFormat)
 
-    def example(self, messages: Sequence[Message], tools: Sequence[Tool] = (), index: int = 0) -> Example | None:
-        """Encode a conversation; None for one to be skipped.
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = (), index: int = 0) -> Example:
+        """Encode a conversation, however long.
 
         Raises:
-            DataError: the template cannot write it or writes nothing, or it is too long and that is an error.
+            DataError: the template cannot write it, or writes nothing.
         """
-        try:
-            token_ids = self._without_padding(encode_whole(self.tokenizer, messages, tools))
-        except DataError as error:
-            raise DataError(f"record {index}: {error}") from error
-        if not fits(token_ids, self.max_length, self.too_long, index):
-            return None
+        token_ids = self._without_padding(encode_whole(self.tokenizer, messages, tools))
         token_ids = torch.nn.functional.pad(token_ids, (0, 1), value=_PLACEHOLDER)
         return Example(token_ids, torch.arange(len(token_ids)) == len(token_ids) - 1, index)
 
@@ -68,7 +63,7 @@ class ScoreEncoder:
         check_spoken(spoken, f"record {pair.index}")
         prompt = self.prompt_format.with_own(pair.template, pair.system_prompt).around(pair.prompt)
         chosen, rejected = (
-            self.example((*prompt, *answer), pair.tools, pair.index) for answer in (pair.chosen, pair.rejected)
+            self._of_record((*prompt, *answer), pair.tools, pair.index) for answer in (pair.chosen, pair.rejected)
         )
         return as_preference(chosen, rejected, pair)
 
@@ -81,6 +76,13 @@ class ScoreEncoder:
     def about(self) -> tuple[object, ...]:
         """What decides the lengths besides the records and the tokenizer."""
         return ("score", self.prompt_format)
+
+    def _of_record(self, messages: Sequence[Message], tools: Sequence[Tool], index: int) -> Example | None:
+        try:
+            example = self.encode(messages, tools, index)
+        except DataError as error:
+            raise DataError(f"record {index}: {error}") from error
+        return example if fits(example.token_ids[:-1], self.max_length, self.too_long, index) else None
 
     def _without_padding(self, token_ids: Tensor) -> Tensor:
         real = torch.arange(len(token_ids)) if self.pad_token_id is None else (token_ids != self.pad_token_id).nonzero()

@@ -1,21 +1,37 @@
 """From the `env` section of the configuration to environments."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from nemo_rl.config.schema.environments import EnvironmentConfig, FunctionEnvironmentConfig, MathEnvironmentConfig
+from nemo_rl.config.schema.environments import (
+    EnvironmentConfig,
+    FunctionEnvironmentConfig,
+    MathEnvironmentConfig,
+    RewardModelEnvironmentConfig,
+)
 from nemo_rl.environments.function import FunctionEnvironment
 from nemo_rl.environments.math import MathEnvironment
+from nemo_rl.environments.reward_model import RewardModelEnvironment
 from nemo_rl.errors import ConfigError
-from nemo_rl.interfaces import Environment
+from nemo_rl.interfaces import Environment, WorkerHandle
+
+type StartRewardModel = Callable[[str, RewardModelEnvironmentConfig], WorkerHandle]
+"""Starts the worker of the environment of that name."""
 
 
-def build_environments(specs: Mapping[str, EnvironmentConfig]) -> dict[str, Environment]:
+def build_environments(
+    specs: Mapping[str, EnvironmentConfig], start_reward_model: StartRewardModel | None = None
+) -> dict[str, Environment]:
     """Make every environment of the configuration, under the same names.
 
+    Args:
+        specs: the section.
+        start_reward_model: from whoever has an executor; None where no reward model can be started.
+
     Raises:
-        ConfigError: a reward function cannot be imported or called.
+        ConfigError: a reward function cannot be imported or called, or a reward model cannot be started.
+        ModelError: a reward model cannot be loaded.
     """
-    return {name: _build(spec) for name, spec in specs.items()}
+    return {name: _build(name, spec, start_reward_model) for name, spec in specs.items()}
 
 
 def environment_named(environments: Mapping[str, Environment], name: str) -> Environment:
@@ -30,7 +46,7 @@ def environment_named(environments: Mapping[str, Environment], name: str) -> Env
     return environments[name]
 
 
-def _build(spec: EnvironmentConfig) -> Environment:
+def _build(name: str, spec: EnvironmentConfig, start_reward_model: StartRewardModel | None) -> Environment:
     match spec:
         case MathEnvironmentConfig():
             return MathEnvironment(
@@ -42,3 +58,14 @@ def _build(spec: EnvironmentConfig) -> Environment:
             )
         case FunctionEnvironmentConfig():
             return FunctionEnvironment(spec.path, timeout_seconds=spec.timeout_seconds)
+        case RewardModelEnvironmentConfig():
+            if start_reward_model is None:
+                raise ConfigError(f"env.{name} is a reward model, and there is no executor here to start it")
+            return RewardModelEnvironment(
+                start_reward_model(name, spec),
+                max_batch_size=spec.max_batch_size,
+                max_wait_seconds=spec.max_wait_seconds,
+                scale=spec.reward_scale,
+                shift=spec.reward_shift,
+                bounds=(spec.reward_min, spec.reward_max),
+            )

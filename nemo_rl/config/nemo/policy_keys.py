@@ -93,6 +93,11 @@ _DTENSOR: dict[str, Action] = {
 }
 
 
+def dtensor_keys(root: str) -> Table:
+    """The table of a section `dtensor_cfg` inside of `root`."""
+    return {f"{root}.{name}": action for name, action in _DTENSOR.items()}
+
+
 def _batching(root: str, name: str) -> dict[str, Action]:
     return {
         name: Off(),

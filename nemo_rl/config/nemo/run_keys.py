@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from nemo_rl.config.nemo.actions import NOTHING, Action, Add, Config, Convert, Ignore, Only, Refuse, Set, Table
+from nemo_rl.config.nemo.judge_keys import REWARD_MODEL
 
 _EXPORT = "the model is exported to one safetensors folder at the end of the run (checkpointing.export_hf)"
 
@@ -60,10 +61,14 @@ def _math(section: Any, _: Config) -> Action | None:
 def _other(section: Any, _: Config) -> Action | None:
     if _has_type(section):
         return None
-    return Refuse("of NeMo RL's environments there is math: use env.NAME: {type: function, path: 'module:function'}")
+    return Refuse(
+        "of NeMo RL's environments there are math and reward_model: use env.NAME: {type: function, path:"
+        " 'module:function'}"
+    )
 
 
 ENVIRONMENTS: Table = {
+    **REWARD_MODEL,
     "env.math": Convert(_math),
     "env.math.math_verify_impl": Only((None, "hf_math_verify"), Refuse("answers are compared by math-verify alone")),
     "env.math.verifier_type": Only((None, "math"), Refuse("answers are compared as mathematics alone")),
