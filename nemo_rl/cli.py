@@ -16,7 +16,7 @@ _TRAINING = {
     "dpo": "preferences: DPO, IPO, SimPO, ORPO, KTO",
     "rm": "pairs: a reward model",
     "distillation": "the next-token distributions of teachers, on answers of the student's own",
-    "offline_distillation": "the next-token distributions of a teacher, on given answers",
+    "off_policy_distillation": "the next-token distributions of a teacher, on given answers",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -55,7 +55,7 @@ def train_distillation(
         run.keep(step, policy, loader, validate=validate)
 
 
-def train_offline_distillation(
+def train_off_policy_distillation(
     run: Run,
     policy: Policy,
     data: Supervision[Chat, Example],

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from nemo_rl.algorithms.distillation import distillation_objective, train_offline_distillation
+from nemo_rl.algorithms.distillation import distillation_objective, train_off_policy_distillation
 from nemo_rl.algorithms.outcome import Outcome, finish
 from nemo_rl.algorithms.preference import preference_objective, train_on_judged, train_on_pairs
 from nemo_rl.algorithms.reward_model import rm_objective, train_rm
@@ -16,7 +16,7 @@ from nemo_rl.algorithms.sft import train_sft
 from nemo_rl.algorithms.start import load_model, start
 from nemo_rl.algorithms.teachers import find_teachers, start_teachers
 from nemo_rl.config.load import LoadedConfig
-from nemo_rl.config.schema.distillation import OfflineDistillationConfig
+from nemo_rl.config.schema.distillation import OffPolicyDistillationConfig
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.reward_model import RMConfig
@@ -70,8 +70,8 @@ def launch_rm(loaded: LoadedConfig[RMConfig], command: Sequence[str] = ()) -> Ou
     return _launch(config, prepare_scored, train, command, head="scalar")
 
 
-def launch_offline_distillation(
-    loaded: LoadedConfig[OfflineDistillationConfig], command: Sequence[str] = ()
+def launch_off_policy_distillation(
+    loaded: LoadedConfig[OffPolicyDistillationConfig], command: Sequence[str] = ()
 ) -> Outcome:
     """Distil on given answers from start, or from the latest checkpoint, to the end of the run; see `_launch`.
 
@@ -87,7 +87,7 @@ def launch_offline_distillation(
             with run.phase("load"):
                 teachers = start_teachers(config, stack, teaching)
                 teachers.introduce(policy)
-            train_offline_distillation(run, policy, data, teachers, objective)
+            train_off_policy_distillation(run, policy, data, teachers, objective)
 
     return _launch(config, prepare_examples, train, command)
 

@@ -6,7 +6,7 @@ from typing import cast
 from nemo_rl.algorithms.launch import launch_grpo
 from nemo_rl.algorithms.launch_distillation import launch_distillation
 from nemo_rl.algorithms.launch_examples import (
-    launch_offline_distillation,
+    launch_off_policy_distillation,
     launch_preference,
     launch_rm,
     launch_sft,
@@ -15,7 +15,7 @@ from nemo_rl.algorithms.launch_ppo import launch_ppo
 from nemo_rl.algorithms.outcome import Outcome
 from nemo_rl.config.load import LoadedConfig
 from nemo_rl.config.schema.algorithms import GRPOConfig
-from nemo_rl.config.schema.distillation import DistillationConfig, OfflineDistillationConfig
+from nemo_rl.config.schema.distillation import DistillationConfig, OffPolicyDistillationConfig
 from nemo_rl.config.schema.ppo import PPOConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.reward_model import RMConfig
@@ -39,7 +39,7 @@ def launch(loaded: LoadedConfig[RunConfig], command: Sequence[str] = ()) -> Outc
             return launch_rm(cast(LoadedConfig[RMConfig], loaded), command)
         case DistillationConfig():
             return launch_distillation(cast(LoadedConfig[DistillationConfig], loaded), command)
-        case OfflineDistillationConfig():
-            return launch_offline_distillation(cast(LoadedConfig[OfflineDistillationConfig], loaded), command)
+        case OffPolicyDistillationConfig():
+            return launch_off_policy_distillation(cast(LoadedConfig[OffPolicyDistillationConfig], loaded), command)
         case other:
             raise ConfigError(f"{other.algorithm} has no launcher")

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from nemo_rl.config.model_shapes import ModelShape, model_shape
 from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.distillation import TaughtRunConfig
 from nemo_rl.config.schema.generation import HFGenerationConfig
-from nemo_rl.config.schema.policy import OptimizerConfig
+from nemo_rl.config.schema.policy import ModelConfig, OptimizerConfig, TrainedPolicyConfig
+from nemo_rl.config.schema.ppo import PPOConfig
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.config.schema.sampled import SampledRunConfig
@@ -84,6 +86,7 @@ def batch_rows(config: SampledRunConfig) -> Rows:
         ("generated per step", f"{plan.generated:,} tokens ({policy.generation.max_new_tokens:,} an answer)"),
         ("trained per step", f"{passes * plan.computed:,} tokens computed, {passes * plan.padded:,} as padded rows"),
         *_dynamic_sampling_row(config),
+        *_critic_row(config),
         ("placement", _placement(config)),
     ]
 
@@ -93,6 +96,16 @@ def _dynamic_sampling_row(config: SampledRunConfig) -> Rows:
     if rule is None:
         return []
     return [("dynamic sampling", f"up to {rule.max_tries} rounds of {config.num_prompts_per_draw:,} prompts a step")]
+
+
+def _critic_row(config: SampledRunConfig) -> Rows:
+    if not isinstance(config, PPOConfig):
+        return []
+    if config.critic is None:
+        return [("critic", "on the policy's trunk, in the same passes")]
+    size = config.critic.train_global_batch_size
+    updates = (config.ppo.critic_ppo_epochs or config.ppo.ppo_epochs) * config.num_rollouts_per_step // size
+    return [("critic", f"a model of its own, {updates:,} optimizer steps per step of {size:,} rollouts each")]
 
 
 def example_rows(config: RunConfig) -> Rows:
@@ -112,9 +125,17 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
     if shape is None:
         return [("model", f"{policy.model_name}: size unknown, its config.json is not on this machine")]
     parts = memory_bytes(config, shape)
+    unknown: Rows = []
+    for label, section in _other_models(config).items():
+        other = model_shape(section.model_name)
+        if other is None:
+            unknown.append((label, f"{section.model_name}: size unknown, its config.json is not on this machine"))
+        else:
+            held = _weight_bytes(section, other, config)
+            parts |= {f"{label}'s {name}": count for name, count in held.items() if count}
     rows = [("model", f"{policy.model_name}: {shape.parameters:,} parameters, {policy.precision}")]
     rows += [(name, size(count)) for name, count in parts.items()]
-    rows.append(("sum", size(sum(parts.values()))))
+    rows += [*unknown, ("sum", size(sum(parts.values())))]
     if isinstance(config, SampledRunConfig) and not isinstance(config.policy.generation, HFGenerationConfig):
         engine = config.policy.generation.vllm_cfg
         length = engine.max_model_len or policy.max_total_sequence_length
@@ -130,17 +151,10 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     """Bytes by part of one copy that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
     policy, parameters = config.policy, shape.parameters
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
-    precision = policy.precision
-    if precision == "auto":  # what the hardware will make of it is not known here
-        precision = "bfloat16" if config.cluster.gpus_per_node else "float32"
-    stored = 2 if precision == "bfloat16" else _FLOAT32
-    computed = _FLOAT32 if precision == "float32" else 2
+    stored, computed = _number_sizes(policy, config)
     parts = {
-        "weights": stored * parameters,
+        **_weight_bytes(policy, shape, config),
         "reference weights": stored * parameters if _has_reference(config) else 0,
-        "master weights": _FLOAT32 * parameters if stored < _FLOAT32 else 0,
-        "gradients": _FLOAT32 * parameters,
-        "optimizer moments": _FLOAT32 * _moments(policy.optimizer) * parameters,
         "activations": computed * largest * shape.activation_elements_per_token,
         "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
     }
@@ -150,6 +164,39 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
         tokens = sequences * (config.max_prompt_tokens + generation.max_new_tokens)
         parts["KV cache"] = computed * tokens * shape.kv_elements_per_token
     return {name: count for name, count in parts.items() if count}
+
+
+def _number_sizes(model: ModelConfig, config: RunConfig) -> tuple[int, int]:
+    """Bytes of a weight, and of a number that is computed with."""
+    precision = model.precision
+    if precision == "auto":  # what the hardware will make of it is not known here
+        precision = "bfloat16" if config.cluster.gpus_per_node else "float32"
+    return 2 if precision == "bfloat16" else _FLOAT32, _FLOAT32 if precision == "float32" else 2
+
+
+def _weight_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> dict[str, int]:
+    """Bytes of the weights of a model, and of what training keeps beside them."""
+    stored, parameters = _number_sizes(model, config)[0], shape.parameters
+    parts = {"weights": stored * parameters}
+    if isinstance(model, TrainedPolicyConfig):
+        parts |= {
+            "master weights": _FLOAT32 * parameters if stored < _FLOAT32 else 0,
+            "gradients": _FLOAT32 * parameters,
+            "optimizer moments": _FLOAT32 * _moments(model.optimizer) * parameters,
+        }
+    return parts
+
+
+def _other_models(config: RunConfig) -> dict[str, ModelConfig]:
+    """The models of a run besides the policy, by what they are called."""
+    match config:
+        case PPOConfig(critic=TrainedPolicyConfig() as critic):
+            return {"critic": critic}
+        case TaughtRunConfig():
+            unique = {section: name for name, section in reversed(config.teacher_sections.items())}
+            return {name: section for section, name in unique.items()}
+        case _:
+            return {}
 
 
 def size(count: int) -> str:
@@ -167,7 +214,7 @@ def _moments(optimizer: OptimizerConfig) -> int:
 def _has_reference(config: RunConfig) -> bool:
     """Whether the starting weights are kept."""
     match config:
-        case GRPOConfig():
+        case GRPOConfig() | PPOConfig():
             return config.loss_fn.reference_policy_kl_penalty > 0
         case DPOConfig():
             return config.dpo.needs_reference

@@ -13,7 +13,7 @@ from tiny_letters import make_letters_model  # pyright: ignore[reportImplicitRel
 from tiny_run import records  # pyright: ignore[reportImplicitRelativeImport]
 
 FILES = [*sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml")), *sorted(RECIPES.glob("*.yaml"))]
-COMMANDS = ("sft", "dpo", "eval", "rm", "ppo", "distillation")
+COMMANDS = ("sft", "dpo", "eval", "rm", "ppo", "distillation", "off_policy_distillation")
 FAMILY = [
     *("dapo", "drgrpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gdpo"),
 ]

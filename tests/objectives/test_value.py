@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.errors import BackendError
 from nemo_rl.metrics import scalars
+from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.policy import ClippedPolicyObjective
 from nemo_rl.objectives.rewards import token_rewards
 from nemo_rl.objectives.value import (
+    ActorCriticObjective,
     ScalarOutputs,
     ValueObjective,
     explained_variance,
@@ -128,3 +132,31 @@ def test_value_objective_reports_its_parts() -> None:
     assert figures["value_clip_share"] == pytest.approx(2 / 3)
     assert figures["value"] == pytest.approx(3.1 / 3)
     assert pickle.loads(pickle.dumps(ValueObjective(clip=None))) == ValueObjective(clip=None)
+
+
+def test_a_weight_scales_the_loss_and_not_its_figure() -> None:
+    tokens = tokens_with(old_values=torch.ones(3), returns=torch.full((3,), 2.0))
+    outputs = ScalarOutputs(torch.tensor([1.5, 0.5, 1.1]))
+    (plain, figures), (scaled, same) = (ValueObjective(weight=weight)(outputs, tokens) for weight in (1.0, 0.1))
+    torch.testing.assert_close(scaled, 0.1 * plain)
+    assert figures == same
+
+
+def test_the_joint_objective_adds_the_worked_examples_of_both() -> None:
+    """maths: advantages [1, -1, 2], rho [.5, 1, 1.5], eps .2 -> [-.5, 1, -2.4]; the critic's as above, times 0.5."""
+    tokens = tokens_with(
+        advantages=torch.tensor([1.0, -1, 2]),
+        old_logprobs=torch.full((3,), -1.0),
+        old_values=torch.ones(3),
+        returns=torch.full((3,), 2.0),
+    )
+    logprobs = torch.tensor([-1.69315, -1, -0.59453])
+    outputs = TokenOutputs(logprobs, torch.zeros(3), torch.tensor([1.5, 0.5, 1.1]))
+    joint = ActorCriticObjective(ClippedPolicyObjective(), ValueObjective(clip=0.2, weight=0.5))
+    loss, metrics = joint(outputs, tokens)
+    expected = torch.tensor([-0.5, 1, -2.4]) + 0.25 * torch.tensor([0.64, 2.25, 0.81])
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert {"policy_loss", "value_loss", "value_clip_share", "ratio_max"} <= metrics.keys()
+    assert pickle.loads(pickle.dumps(joint)) == joint
+    with pytest.raises(BackendError, match=r"the model has no value head"):
+        joint(TokenOutputs(logprobs, torch.zeros(3)), tokens)

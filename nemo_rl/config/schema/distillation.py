@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section, Share, conflict
-from nemo_rl.config.schema.data import DataSpec, RecordsConfig, TaskMixtureConfig
+from nemo_rl.config.schema.data import DataSpec, JudgedTasksConfig, RecordsConfig, parts_of
 from nemo_rl.config.schema.policy import ModelConfig
 from nemo_rl.config.schema.run import ExampleRunConfig, LoopConfig, RunConfig
 from nemo_rl.config.schema.sampled import RolloutLoopConfig, SampledRunConfig
@@ -141,22 +141,20 @@ class DistillationConfig(  # pyright: ignore[reportIncompatibleVariableOverride]
 
 def environments_of(spec: DataSpec | None) -> Iterator[str]:
     """The environments that a description of problems names; a data set of the user's own names them in its tasks."""
-    if isinstance(spec, TaskMixtureConfig):
-        for part in spec.datasets:
-            yield from environments_of(part.data)
-    elif isinstance(spec, RecordsConfig):
-        yield spec.environment
+    for part in parts_of(spec):
+        if isinstance(part, JudgedTasksConfig) and not (isinstance(part, RecordsConfig) and part.processor is not None):
+            yield part.environment
 
 
-class OfflineDistillationConfig(  # pyright: ignore[reportIncompatibleVariableOverride]  # sections are frozen
+class OffPolicyDistillationConfig(  # pyright: ignore[reportIncompatibleVariableOverride]  # sections are frozen
     ExampleRunConfig, TaughtRunConfig
 ):
     """A run of off-policy distillation: a teacher scores given answers."""
 
-    default_recipe: ClassVar[str] = "offline_distillation_arithmetic_smollm2"
-    algorithm: ClassVar[str] = "offline_distillation"
+    default_recipe: ClassVar[str] = "off_policy_distillation_arithmetic_smollm2"
+    algorithm: ClassVar[str] = "off_policy_distillation"
 
-    offline_distillation: TaughtLoopConfig = TaughtLoopConfig()
+    off_policy_distillation: TaughtLoopConfig = TaughtLoopConfig()
     """Steps, validation and seed of the loop, and how much of the teacher's distribution is compared."""
 
     teacher: ModelConfig
@@ -164,8 +162,8 @@ class OfflineDistillationConfig(  # pyright: ignore[reportIncompatibleVariableOv
 
     @property
     def loop(self) -> TaughtLoopConfig:
-        """The section `offline_distillation`."""
-        return self.offline_distillation
+        """The section `off_policy_distillation`."""
+        return self.off_policy_distillation
 
     @property
     def teacher_sections(self) -> Mapping[str, ModelConfig]:

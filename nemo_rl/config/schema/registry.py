@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.base import CommandConfig
-from nemo_rl.config.schema.distillation import DistillationConfig, OfflineDistillationConfig
+from nemo_rl.config.schema.distillation import DistillationConfig, OffPolicyDistillationConfig
 from nemo_rl.config.schema.evaluation import EvalConfig
 from nemo_rl.config.schema.ppo import PPOConfig
 from nemo_rl.config.schema.preference import DPOConfig
@@ -14,7 +14,7 @@ from nemo_rl.config.schema.sft import SFTConfig
 
 _TRAINING = (
     *(GRPOConfig, PPOConfig, SFTConfig, DPOConfig, RMConfig),
-    *(DistillationConfig, OfflineDistillationConfig),
+    *(DistillationConfig, OffPolicyDistillationConfig),
 )
 
 RUNS: Mapping[str, type[RunConfig]] = {config.algorithm: config for config in _TRAINING}
