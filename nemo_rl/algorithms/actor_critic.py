@@ -65,8 +65,8 @@ class SeparateActorCritic:
 
     def train(self, batch: TokenBatch, *, with_policy: bool) -> Metrics:
         """Make all passes of the critic, then all of the policy."""
-        value, epochs = value_objective(self.config), self.config.ppo.critic_ppo_epochs or self.config.ppo.ppo_epochs
-        parts = minibatches(self.config, batch, self.section.train_global_batch_size) * epochs
+        value, passes = value_objective(self.config), self.config.num_critic_passes_per_step
+        parts = minibatches(self.config, batch, self.section.train_global_batch_size) * passes
         figures = merge(self.critic.train(part, value) for part in parts) | {"optimizer_steps": Sum(len(parts))}
         metrics = {name if name in _CRITIC_FIGURES else f"critic/{name}": one for name, one in figures.items()}
         objective, size = (

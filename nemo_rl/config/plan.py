@@ -104,7 +104,7 @@ def _critic_row(config: SampledRunConfig) -> Rows:
     if config.critic is None:
         return [("critic", "on the policy's trunk, in the same passes")]
     size = config.critic.train_global_batch_size
-    updates = (config.ppo.critic_ppo_epochs or config.ppo.ppo_epochs) * config.num_rollouts_per_step // size
+    updates = config.num_critic_passes_per_step * config.num_rollouts_per_step // size
     return [("critic", f"a model of its own, {updates:,} optimizer steps per step of {size:,} rollouts each")]
 
 
@@ -193,8 +193,8 @@ def _other_models(config: RunConfig) -> dict[str, ModelConfig]:
         case PPOConfig(critic=TrainedPolicyConfig() as critic):
             return {"critic": critic}
         case TaughtRunConfig():
-            unique = {section: name for name, section in reversed(config.teacher_sections.items())}
-            return {name: section for section, name in unique.items()}
+            named = {section: name for name, section in config.teacher_sections.items()}
+            return {name: section for section, name in named.items()}
         case _:
             return {}
 

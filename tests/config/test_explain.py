@@ -27,7 +27,7 @@ def test_a_setting_shows_type_default_and_documentation() -> None:
     [
         ("policy.generation.backend", "policy.generation.backend: hf | vllm, required"),
         ("grpo.max_num_epochs", "grpo.max_num_epochs: integer >= 1 | null, default null"),
-        ("env.anything.type", "env.anything.type: math | function, required"),
+        ("env.anything.type", "env.anything.type: math | function | reward_model, required"),
         ("loss_fn.reference_policy_kl_type", 'loss_fn.reference_policy_kl_type: k1 | k2 | k3, default "k3"'),
         ("policy.optimizer.kwargs", "policy.optimizer.kwargs: {NAME: any value}, required"),
         ("policy.generation.stop_strings", "policy.generation.stop_strings: [text, ...] | null, default null"),

@@ -111,6 +111,11 @@ class PPOConfig(SampledRunConfig):
         return self.ppo.ppo_epochs
 
     @property
+    def num_critic_passes_per_step(self) -> int:
+        """Passes of a critic of its own."""
+        return self.ppo.ppo_epochs if self.ppo.critic_ppo_epochs is None else self.ppo.critic_ppo_epochs
+
+    @property
     def num_models(self) -> int:
         """The policy, and a critic of its own."""
         return 1 if self.critic is None else 2

@@ -4,10 +4,10 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from nemo_rl.config.schema.run import ExampleRunConfig, LoopConfig, check_room_for_pairs
+from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig, LoopConfig, check_room_for_pairs
 
 
-class RewardModelLoopConfig(LoopConfig):
+class RewardModelLoopConfig(ExampleLoopConfig):
     """The Bradley-Terry loss, and steps, validation and seed of the loop."""
 
     margin_scale: Annotated[float, Field(ge=0)] = 0.0
