@@ -7,19 +7,16 @@ import torch
 from torch import Tensor
 
 import nemo_rl.algorithms.ppo as loop
-from nemo_rl.algorithms.launch_ppo import launch_ppo
-from nemo_rl.config.load import load_config
 from nemo_rl.config.schema.ppo import PPOConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import ConfigError
 from nemo_rl.metrics import Metrics
 from nemo_rl.workers.handles import Policy
 from tiny_letters import late_reward, make_letters_model  # pyright: ignore[reportImplicitRelativeImport]
+from tiny_ppo import ppo_run  # pyright: ignore[reportImplicitRelativeImport]
 from tiny_run import (  # pyright: ignore[reportImplicitRelativeImport]
     make_tiny_llama,
-    overrides,
     records,
-    reward_file,
     rollouts,
     saved_tensors,
 )
@@ -31,23 +28,6 @@ SEPARATE = ("value={kind: separate}",)
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_letters_model(tmp_path_factory.mktemp("letters"))
-
-
-def ppo_run(model: Path, folder: Path, *settings: str) -> list[dict[str, float | None]]:
-    """Train on 24 prompts with one answer of at most 4 characters each a step, and return the records."""
-    common = [text.replace("grpo.", "ppo.") for text in overrides(model, reward_file(folder), folder / "run")]
-    more = (
-        "ppo.max_num_steps=16",
-        "ppo.num_prompts_per_step=24",
-        "ppo.num_generations_per_prompt=1",
-        "policy.train_global_batch_size=24",
-        "policy.generation.max_new_tokens=4",
-        "policy.optimizer.kwargs.lr=0.05",
-        "checkpointing.enabled=false",
-        *settings,
-    )
-    launch_ppo(load_config(None, [*(text for text in common if "normalize" not in text), *more], PPOConfig))
-    return records(folder / "run")
 
 
 KINDS = {

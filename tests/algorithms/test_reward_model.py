@@ -1,8 +1,6 @@
 """A reward model learns which answers are better, is exported for Transformers, and then judges a policy."""
 
-import json
 import math
-import random
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from nemo_rl.algorithms.launch_examples import launch_rm
-from nemo_rl.config.load import load_config
-from nemo_rl.config.schema.reward_model import RMConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import ConfigError, ModelError
 from nemo_rl.metrics import Metrics
@@ -20,9 +15,8 @@ from nemo_rl.objectives.preference import RewardModelObjective
 from nemo_rl.objectives.value import ScalarOutputs
 from nemo_rl.workers.reward_model import RewardModelWorker
 from tiny_letters import letters_run, make_letters_model  # pyright: ignore[reportImplicitRelativeImport]
-from tiny_run import launch, overrides, records, reward_file, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
-
-VOWELS, OTHERS = "aeiou", "bcdfghklmnprst"
+from tiny_rm import train_rm  # pyright: ignore[reportImplicitRelativeImport]
+from tiny_run import launch, overrides, reward_file, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
 
 
 @pytest.fixture(scope="module")
@@ -30,44 +24,10 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_letters_model(tmp_path_factory.mktemp("letters"))
 
 
-def write_pairs(file: Path, *, seed: int, count: int) -> Path:
-    """Pairs of which the answer with more vowels is the better one."""
-    draw = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        good = "".join(draw.choices(VOWELS, k=3)) + draw.choice(OTHERS)
-        bad = "".join(draw.choices(OTHERS, k=3)) + draw.choice(VOWELS)
-        lines.append(json.dumps({"prompt": f"{draw.randrange(10)} + 1?", "chosen": good, "rejected": bad}))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n")
-    return file
-
-
-def train(model: Path, folder: Path, steps: int, *more: str) -> list[dict[str, float | None]]:
-    data = write_pairs(folder.with_name("train.jsonl"), seed=0, count=64)
-    held_out = write_pairs(folder.with_name("held_out.jsonl"), seed=1, count=40)
-    settings = [
-        f"policy.model_name={model}",
-        f"checkpointing.checkpoint_dir={folder}",
-        f"rm.max_num_steps={steps}",
-        f"data.train={{name: local, path: '{data}'}}",
-        f"data.validation={{name: local, path: '{held_out}'}}",
-        "policy.precision=float32",
-        "policy.num_threads=1",
-        "policy.train_global_batch_size=16",
-        "policy.optimizer={name: torch.optim.AdamW, kwargs: {lr: 0.02, weight_decay: 0.0}}",
-        "policy.scheduler=[]",
-        "logger.tensorboard_enabled=false",
-        *more,
-    ]
-    assert launch_rm(load_config(None, settings, RMConfig)).step == steps
-    return records(folder)
-
-
 def test_it_learns_from_ln_2_on_and_with_the_sign_turned_round_the_worse_answer_wins(
     letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, *_, last = train(letters, tmp_path / "right" / "run", 20)
+    first, *_, last = train_rm(letters, tmp_path / "right" / "run", 20)
     assert first["val/loss"] == pytest.approx(math.log(2), abs=1e-6) and first["val/accuracy"] in (0.0, 0.5)
     assert (last["val/accuracy"] or 0) > 0.9 and (last["val/loss"] or 1) < 0.3
     assert (last["val/chosen_reward"] or 0) > (last["val/rejected_reward"] or 0)
@@ -78,13 +38,13 @@ def test_it_learns_from_ln_2_on_and_with_the_sign_turned_round_the_worse_answer_
         return -value, metrics
 
     monkeypatch.setattr(RewardModelObjective, "__call__", negated)
-    *_, wrong = train(letters, tmp_path / "wrong" / "run", 20)
+    *_, wrong = train_rm(letters, tmp_path / "wrong" / "run", 20)
     assert (wrong["val/accuracy"] or 0) < 0.5
 
 
 def test_prompts_of_pairs_are_computed_once(letters: Path, tmp_path: Path) -> None:
-    shared = train(letters, tmp_path / "shared" / "run", 1, "policy.min_shared_prefix=1", "rm.val_at_start=false")
-    apart = train(letters, tmp_path / "apart" / "run", 1, "policy.share_prefixes=false", "rm.val_at_start=false")
+    shared = train_rm(letters, tmp_path / "shared" / "run", 1, "policy.min_shared_prefix=1", "rm.val_at_start=false")
+    apart = train_rm(letters, tmp_path / "apart" / "run", 1, "policy.share_prefixes=false", "rm.val_at_start=false")
     computed = [lines[0]["train/tokens_computed"] or 0 for lines in (shared, apart)]
     assert computed[0] < computed[1] == 2 * 16 * (len("0 + 1?") + 4)
     assert shared[0]["train/loss"] == pytest.approx(apart[0]["train/loss"], rel=1e-5)
@@ -92,9 +52,9 @@ def test_prompts_of_pairs_are_computed_once(letters: Path, tmp_path: Path) -> No
 
 def test_a_stopped_run_goes_on_bit_for_bit(letters: Path, tmp_path: Path) -> None:
     off = ("rm.val_at_start=false", "rm.val_at_end=false", "checkpointing.export_hf=false")
-    whole = train(letters, tmp_path / "whole" / "run", 4, *off)
-    train(letters, tmp_path / "parts" / "run", 2, *off)
-    assert train(letters, tmp_path / "parts" / "run", 4, *off) == whole
+    whole = train_rm(letters, tmp_path / "whole" / "run", 4, *off)
+    train_rm(letters, tmp_path / "parts" / "run", 2, *off)
+    assert train_rm(letters, tmp_path / "parts" / "run", 4, *off) == whole
     left, right = (saved_tensors(tmp_path / name / "run", 4) for name in ("whole", "parts"))
     assert left.keys() == right.keys() and [name for name in left if not torch.equal(left[name], right[name])] == []
 
@@ -103,7 +63,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(letters: Path, tmp_path: Path) -> Non
 def trained(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported folder of a reward model that likes vowels."""
     folder = tmp_path_factory.mktemp("rm") / "run"
-    train(letters, folder, 20)
+    train_rm(letters, folder, 20)
     return folder / "hf"
 
 
