@@ -166,7 +166,7 @@ def load_scalar_model(
     Raises:
         ModelError: the files are missing, damaged or incomplete, or the architecture has no such form.
     """
-    with _loading(source, "a model with a score"):
+    with _loading(source, "a model with a score"), _without_report():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, num_labels=1, output_loading_info=True
         )
@@ -180,6 +180,17 @@ def load_scalar_model(
 
 
 _SCORE = "score.weight"
+
+
+@contextmanager
+def _without_report() -> Generator[None]:
+    """Keep Transformers from reporting at length what a caller expects: a head that is missing or left over."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextmanager
