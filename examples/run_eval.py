@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nemo_rl.cli import main
 
-CONFIG = Path(__file__).parent / "configs" / "eval.yaml"
+CONFIG = Path(__file__).parent / "configs" / "evals" / "eval.yaml"
 
 if __name__ == "__main__":
     sys.exit(main(["eval", "--config", str(CONFIG), *sys.argv[1:]]))

@@ -63,10 +63,19 @@ def write_text_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: the folder cannot be written; the previous content of `path` is untouched.
     """
+    write_bytes_atomically(path, text.encode("utf-8", errors="replace"))
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, flush it to disk and rename it into place; parent folders are made.
+
+    Raises:
+        OSError: the folder cannot be written; the previous content of `path` is untouched.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -11,8 +11,12 @@ from nemo_rl.errors import NemoRLError
 
 _TRAINING = {
     "grpo": "group relative policy optimisation",
+    "ppo": "proximal policy optimisation, with a critic",
     "sft": "supervised fine-tuning",
     "dpo": "preferences: DPO, IPO, SimPO, ORPO, KTO",
+    "rm": "pairs: a reward model",
+    "distillation": "the next-token distributions of teachers, on answers of the student's own",
+    "offline_distillation": "the next-token distributions of a teacher, on given answers",
 }
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -122,10 +126,10 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _explain(key: str) -> None:
-    from nemo_rl.config.explain import explain
-    from nemo_rl.config.schema.algorithms import GRPOConfig
+    from nemo_rl.config.explain import explain_any
+    from nemo_rl.config.schema.registry import COMMANDS
 
-    sys.stdout.write(f"{explain(key, GRPOConfig)}\n")
+    sys.stdout.write(f"{explain_any(key, COMMANDS)}\n")
 
 
 def _migrate(file: str) -> None:

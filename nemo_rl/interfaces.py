@@ -8,24 +8,29 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Completion, GenerationRequest, Message, Outcome
 from nemo_rl.metrics import Metrics
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import LogitHead, Reads
 
 
 class Objective(Protocol):
     """A picklable function from per-token tensors to a per-token loss; it never reduces.
 
-    `tokens` is the micro-batch cut down to its M loss tokens (still jagged: `tokens.cu_seqlens` counts loss tokens,
-    every per-token column is [M]), so that everything aligns with `outputs`. The step sums `loss_weights * token_loss`.
+    `reads` says what it is given as `outputs`: `logprobs` the `TokenOutputs` of a language model, `distribution` its
+    `DistributionOutputs`, `values` the `ScalarOutputs` of a reward model or a critic, `head_values` the same with a
+    gradient for the head alone. `tokens` is the micro-batch cut down to its M loss tokens (still jagged:
+    `tokens.cu_seqlens` counts loss tokens, every per-token column is [M]), so that everything aligns with `outputs`.
+    The step sums `loss_weights * token_loss`.
     """
 
-    def __call__(self, outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]: ...
+    reads: ClassVar[Reads]
+
+    def __call__(self, outputs: Any, tokens: TokenBatch, /) -> tuple[Tensor, Metrics]: ...
 
 
 class TrainingBackend(Protocol):
@@ -41,6 +46,14 @@ class TrainingBackend(Protocol):
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
+        ...
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N]: the value before each token where `loss_mask` is true, 0 elsewhere; for models with one."""
+        ...
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Keep the heads of teachers, which `DistributionOutputs.teachers` shows to the objective from then on."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
@@ -59,6 +72,22 @@ class TrainingBackend(Protocol):
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, device, precision, `optimizer_steps` begun: equal as long as the weights are."""
+        ...
+
+
+class TeacherBackend(Protocol):
+    """Says what another model would have written; never changes. Rows of tokens without loss are 0."""
+
+    def topk_logprobs(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens in place of each token: log-probabilities float32 [N, k] and ids int32 [N, k]."""
+        ...
+
+    def last_hidden(self, batch: TokenBatch) -> Tensor:
+        """[N, H], what the head turns into the logits of each token: as good as all of them, and smaller."""
+        ...
+
+    def head(self) -> LogitHead:
+        """The LM head, to travel once to where logits are compared."""
         ...
 
 

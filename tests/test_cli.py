@@ -23,6 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "exit_code"),
     [
         (["explain", "policy.generation.temperature"], 0),
+        (["explain", "dpo.early_stopping.patience"], 0),
         (["grpo", "--dry-run", "grpo.seed=${grpo.max_num_steps}"], 0),
         (["grpo", "grpo.sed=1"], 2),
     ],

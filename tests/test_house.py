@@ -26,6 +26,7 @@ from nemo_rl.data.types import (
     SamplingParams,
     Task,
 )
+from nemo_rl.objectives.logprobs import TokenOutputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +72,7 @@ def examples() -> list[object]:
             torch.tensor([0, 0]),
             {"loss_mask": torch.ones(6, dtype=torch.bool)},
         ),
-        interfaces.TokenOutputs(torch.zeros(3), torch.ones(3)),
+        TokenOutputs(torch.zeros(3), torch.ones(3)),
         interfaces.Resources(2.0, 1.0, {"NAME": "value"}),
         metrics.Mean(1.0, 2),
         metrics.Sum(1.0),

@@ -28,6 +28,12 @@ class Stateful(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
+class Trainable(Stateful, Protocol):
+    """Has weights; `describe()["optimizer_steps"]` counts every change of them that was begun."""
+
+    def describe(self) -> Mapping[str, Any]: ...
+
+
 class Positioned(Protocol):
     """Knows its place in the data."""
 
@@ -47,23 +53,31 @@ class TrainingInfo:
     Attributes:
         step: steps done.
         metrics: figures of that step by `train/NAME` and `val/NAME`; one of them ranks the checkpoint.
-        before: what the model could do before the first step, by `SET/accuracy` and `SET/reward`, so that a resumed run
-            need not measure again.
+        before: what the model could do before the first step, by `SET/FIGURE` (`test/accuracy`, `val/loss`), so that a
+            resumed run need not measure again.
         epochs: whole passes over the data done.
+        best: the best validation so far, by the name of the metric that early stopping watches.
+        num_worse: validations since then.
     """
 
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     before: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 0
+    best: Mapping[str, float] = field(default_factory=dict)
+    num_worse: int = 0
 
 
 class Checkpoints:
-    """Reads and writes the checkpoints in the run's folder."""
+    """Reads and writes the checkpoints in the run's folder.
+
+    Each holds the policy in `policy/`, and what else is trained, such as a critic, in a folder by its name.
+    """
 
     def __init__(self, config: CheckpointingConfig, config_yaml: str) -> None:
         self._config = config
         self._warned = False
+        self._others: dict[str, Trainable] = {}
         self.config_yaml = config_yaml
         self.folder = Path(config.checkpoint_dir).expanduser().absolute()
 
@@ -90,6 +104,14 @@ class Checkpoints:
                 f"{self.folder} already holds a run at step {steps[-1]} and checkpointing.resume is never; "
                 "choose another checkpointing.checkpoint_dir or set resume to auto"
             )
+
+    def include(self, name: str, part: Trainable) -> None:
+        """From now on save and resume a trained part beside the policy, in the folder `name` of each checkpoint."""
+        self._others[name] = part
+
+    def optimizer_steps(self, policy: Trainable) -> dict[str, int]:
+        """How many changes of weights were begun, by the name of the trained part."""
+        return {name: part.describe()["optimizer_steps"] for name, part in self._parts(policy).items()}
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -123,8 +145,10 @@ class Checkpoints:
         steps = self.steps()
         return self.info(steps[-1]) if steps else TrainingInfo(0)
 
-    def resume(self, policy: Stateful, loader: LoaderState) -> TrainingInfo:
-        """Restore policy and data position from the latest checkpoint; without one, nothing happens and the step is 0.
+    def resume(self, policy: Trainable, loader: LoaderState) -> TrainingInfo:
+        """Restore the trained parts and the data position from the latest checkpoint.
+
+        Without one, nothing happens and the step is 0.
 
         Raises:
             CheckpointError: it is damaged, or of another model or data set.
@@ -133,7 +157,8 @@ class Checkpoints:
         if info.step == 0:
             return info
         folder = self.path(info.step)
-        policy.load(folder / _POLICY)
+        for name, part in self._parts(policy).items():
+            part.load(folder / name)
         try:
             state = torch.load(folder / _LOADER, weights_only=True)
         except Exception as error:
@@ -143,7 +168,7 @@ class Checkpoints:
         loader.load_state_dict(state)
         return info
 
-    def save(self, info: TrainingInfo, policy: Stateful, loader: Positioned) -> Path:
+    def save(self, info: TrainingInfo, policy: Trainable, loader: Positioned) -> Path:
         """Write the checkpoint of a step, whole or not at all, then remove what need not be kept.
 
         Raises:
@@ -155,13 +180,17 @@ class Checkpoints:
                 (work / _INFO).write_text(json.dumps(asdict(replace(info, metrics=_finite(info.metrics))), indent=2))
                 (work / "config.yaml").write_text(self.config_yaml)
                 torch.save(loader.state_dict(), work / _LOADER)
-                policy.save(work / _POLICY)
+                for name, part in self._parts(policy).items():
+                    part.save(work / name)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the checkpoint {folder} ({error}); free space or choose another folder"
             ) from error
         self._prune()
         return folder
+
+    def _parts(self, policy: Trainable) -> dict[str, Trainable]:
+        return {_POLICY: policy, **self._others}
 
     def _prune(self) -> None:
         """Keep the latest checkpoint and the best `keep_top_k`; without the ranking metric a checkpoint ranks last."""

@@ -25,6 +25,7 @@ def train_grpo(config: GRPOConfig, run: Run, policy: Policy, source: RolloutSour
     in several passes -> publish the weights.
     """
     objective = grpo_objective(config)
+    run.begin(source.validate)
     for step in run.steps(loader):
         with run.phase("generate"):
             collected = step_groups(config, source, loader, step)

@@ -27,7 +27,7 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.interfaces import Environment, Sampler
 from nemo_rl.models.load import end_tokens
 from nemo_rl.workers.handles import ColocatedGenerator, Policy
-from nemo_rl.workers.policy import PolicyWorker
+from nemo_rl.workers.policy import PolicyHead, PolicyWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,12 @@ def launch_grpo(loaded: LoadedConfig[GRPOConfig], command: Sequence[str] = ()) -
 
 
 def launch_sampled(
-    config: SampledRunConfig, build: BuildLoop, command: Sequence[str], *, with_reference: bool = False
+    config: SampledRunConfig,
+    build: BuildLoop,
+    command: Sequence[str],
+    *,
+    head: PolicyHead = "language",
+    with_reference: bool = False,
 ) -> Outcome:
     """Build the parts of a run, resume, measure, train, measure again, export and sum up.
 
@@ -70,6 +75,7 @@ def launch_sampled(
         config: of the run.
         build: makes the loop.
         command: what started this, for the advice on how to go on; without it that names the configuration it writes.
+        head: what stands on the policy's trunk.
         with_reference: keep the starting weights, to compare with.
 
     Raises:
@@ -82,11 +88,11 @@ def launch_sampled(
     with begun.loading() as stack:
         with begun.phase("load"):
             model = load_model(config.policy)
-            problems = load_problems(config, model.tokenizer)
+            problems = load_problems(config, model.tokenizer, begun.lengths)
             environments = build_environments(config.env)
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(_close_all, runner, environments)
-            worker = begun.worker(stack, PolicyWorker, model, with_reference=with_reference)
+            worker = begun.worker(stack, PolicyWorker, model, head=head, with_reference=with_reference)
             policy = Policy(worker)
             loop = build(begun, stack, model)
             info = begun.checkpoints.resume(policy, problems.loader)
@@ -118,7 +124,6 @@ def measure_before(run: Run, source: RolloutSource, problems: Problems) -> None:
             by_prompt = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             run.console.note(f"greedy {figure} before training, by prompt: {by_prompt}")
             break
-    run.begin(source.validate)
 
 
 def rollout_source(

@@ -1,23 +1,32 @@
-"""Training on given answers from a validated configuration to a finished run: SFT, and preferences."""
+"""Training on given answers from a validated configuration to a finished run: SFT, preferences and their kin."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from nemo_rl.algorithms.distillation import distillation_objective, train_offline_distillation
 from nemo_rl.algorithms.outcome import Outcome, finish
 from nemo_rl.algorithms.preference import preference_objective, train_on_judged, train_on_pairs
+from nemo_rl.algorithms.reward_model import rm_objective, train_rm
 from nemo_rl.algorithms.run import Run
 from nemo_rl.algorithms.sft import train_sft
 from nemo_rl.algorithms.start import load_model, start
+from nemo_rl.algorithms.teachers import find_teachers, start_teachers
 from nemo_rl.config.load import LoadedConfig
+from nemo_rl.config.schema.distillation import OfflineDistillationConfig
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.schema.preference import DPOConfig
+from nemo_rl.config.schema.reward_model import RMConfig
 from nemo_rl.config.schema.run import ExampleRunConfig
 from nemo_rl.config.schema.sft import SFTConfig
-from nemo_rl.data.supervised import Supervision, prepare_examples, prepare_preferences
+from nemo_rl.data.lengths import UNCACHED, LengthCache
+from nemo_rl.data.supervised import Supervision, prepare_examples, prepare_preferences, prepare_scored
+from nemo_rl.data.types import Chat, Example
 from nemo_rl.objectives.preference import KTOObjective
+from nemo_rl.training.pytorch.backend import Head
 from nemo_rl.workers.handles import Policy
 from nemo_rl.workers.train import TrainWorker
 
@@ -34,6 +43,7 @@ class Prepare[Item, Ready](Protocol):
         max_length: int,
         seed: int,
         max_val_samples: int | None = None,
+        lengths: LengthCache = UNCACHED,
     ) -> Supervision[Item, Ready]: ...
 
 
@@ -47,10 +57,39 @@ def launch_preference(loaded: LoadedConfig[DPOConfig], command: Sequence[str] = 
     config = loaded.config
     objective = preference_objective(config.dpo)
     if isinstance(objective, KTOObjective):
-        train = partial(train_on_judged, objective=objective)
+        train = partial(train_on_judged, config.dpo, objective=objective)
         return _launch(config, prepare_examples, train, command, with_reference=True)
-    train = partial(train_on_pairs, objective=objective)
+    train = partial(train_on_pairs, config.dpo, objective=objective)
     return _launch(config, prepare_preferences, train, command, with_reference=objective.needs_reference)
+
+
+def launch_rm(loaded: LoadedConfig[RMConfig], command: Sequence[str] = ()) -> Outcome:
+    """Train a reward model from start, or from the latest checkpoint, to the end of the run; see `_launch`."""
+    config = loaded.config
+    train = partial(train_rm, objective=rm_objective(config.rm))
+    return _launch(config, prepare_scored, train, command, head="scalar")
+
+
+def launch_offline_distillation(
+    loaded: LoadedConfig[OfflineDistillationConfig], command: Sequence[str] = ()
+) -> Outcome:
+    """Distil on given answers from start, or from the latest checkpoint, to the end of the run; see `_launch`.
+
+    Raises:
+        ConfigError: besides, the teacher's vocabulary is not the student's; before anything heavy is loaded.
+    """
+    config = loaded.config
+    teaching = find_teachers(config)
+    objective = distillation_objective(config, teaching.vocab_size)
+
+    def train(run: Run, policy: Policy, data: Supervision[Chat, Example]) -> None:
+        with ExitStack() as stack:
+            with run.phase("load"):
+                teachers = start_teachers(config, stack, teaching)
+                teachers.introduce(policy)
+            train_offline_distillation(run, policy, data, teachers, objective)
+
+    return _launch(config, prepare_examples, train, command)
 
 
 def _launch[Item, Ready](
@@ -59,6 +98,7 @@ def _launch[Item, Ready](
     train: Callable[[Run, Policy, Supervision[Item, Ready]], None],
     command: Sequence[str],
     *,
+    head: Head = "language",
     with_reference: bool = False,
 ) -> Outcome:
     """Build the parts of a run, resume, train, export and sum up.
@@ -68,6 +108,7 @@ def _launch[Item, Ready](
         prepare: makes the data ready.
         train: the loop.
         command: what started this, for the advice on how to go on; without it that names the configuration it writes.
+        head: what stands on the trunk of the model.
         with_reference: keep the starting weights, to compare with.
 
     Raises:
@@ -86,8 +127,9 @@ def _launch[Item, Ready](
                 max_length=config.max_sequence_tokens,
                 seed=config.loop.seed,
                 max_val_samples=config.loop.max_val_samples,
+                lengths=begun.lengths,
             )
-            policy = Policy(begun.worker(stack, TrainWorker, model, with_reference=with_reference))
+            policy = Policy(begun.worker(stack, TrainWorker, model, head=head, with_reference=with_reference))
             info = begun.checkpoints.resume(policy, data.loader)
         with begun.run(info) as run:
             train(run, policy, data)

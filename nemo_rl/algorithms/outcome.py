@@ -1,9 +1,9 @@
-"""The end of a run: the accuracy it reached, the exported model, the summary, and what to do next."""
+"""The end of a run: what it reached and why it ended, the exported model, the summary, and what to do next."""
 
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_rl.algorithms.run import Run
@@ -16,6 +16,7 @@ from nemo_rl.workers.handles import Policy
 
 _SUMMARY = "summary.json"
 _SCORES = ("accuracy_before", "accuracy_after", "reward_before", "reward_after")
+_VALIDATIONS = ("validation_before", "validation_after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Outcome:
         accuracy_after: the same after the last step.
         reward_before: mean reward of the same answers before the first step; None when not measured.
         reward_after: the same after the last step.
+        validation_before: loss and accuracy of the validation before the first step, as far as they were measured.
+        validation_after: the same after the last step.
     """
 
     folder: Path
@@ -42,6 +45,8 @@ class Outcome:
     accuracy_after: float | None = None
     reward_before: float | None = None
     reward_after: float | None = None
+    validation_before: Mapping[str, float] = field(default_factory=dict)
+    validation_after: Mapping[str, float] = field(default_factory=dict)
 
 
 def earlier_outcome(folder: Path, step: int) -> Outcome | None:
@@ -50,7 +55,7 @@ def earlier_outcome(folder: Path, step: int) -> Outcome | None:
         record = json.loads((folder / _SUMMARY).read_text())
         if record["steps"] != step or not record["finished"]:
             return None
-        return Outcome(folder, step, True, False, **{name: record[name] for name in _SCORES})
+        return Outcome(folder, step, True, False, **{name: record[name] for name in (*_SCORES, *_VALIDATIONS)})
     except (OSError, ValueError, KeyError):
         return None
 
@@ -76,7 +81,7 @@ def finish(
         first_step: the steps that earlier starts of the run had done.
         command: what started this.
     """
-    finished = run.finished and not run.interrupted
+    finished, ended = run.finished, run.why_ended
     before, after = run.info.before, dict[str, float]()
     if score is not None and finished:
         with run.phase("evaluate"):
@@ -89,25 +94,32 @@ def finish(
             policy.export(work)
     scores = {f"{name}_before": before.get(f"test/{name}") for name in ("accuracy", "reward")}
     scores |= {f"{name}_after": after.get(name) for name in ("accuracy", "reward")}
+    validations = dict(zip(_VALIDATIONS, map(_validation, (before, run.info.metrics)), strict=True))
     loop_seconds = sum(timer.seconds.get(name, 0.0) for name in ("generate", "logprobs", "train"))
     summary = Summary(
         **scores,
-        accuracy_base_best_prompt=max((before[name] for name in before if name.endswith("/accuracy")), default=None),
+        **validations,
+        accuracy_base_best_prompt=max(
+            (before[name] for name in before if name.endswith("/accuracy") and name != "val/accuracy"), default=None
+        ),
         steps=run.step,
         seconds_total=timer.total,
         seconds_by_phase=timer.seconds,
         tokens_per_second=run.num_tokens / loop_seconds if loop_seconds else 0.0,
         peak_memory_bytes=max(peak_memory_bytes(), policy.peak_memory_bytes()),
         seed=config.loop.seed,
-        extra={"first_step": first_step, "model": config.policy.model_name, "finished": finished},
+        extra={"first_step": first_step, "model": config.policy.model_name, "finished": finished, "ended": ended},
     )
     write_summary(run.checkpoints.folder / _SUMMARY, summary)
     run.console.finish(
         **scores,
+        **validations,
         accuracy_base_best_prompt=summary.accuracy_base_best_prompt,
         rows=_rows(config, run, summary, export if finished else None, command),
     )
-    return Outcome(run.checkpoints.folder, run.step, finished, run.interrupted and not finished, **scores)
+    return Outcome(
+        run.checkpoints.folder, run.step, finished, run.interrupted and not finished, **scores, **validations
+    )
 
 
 def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, command: Sequence[str]) -> dict[str, str]:
@@ -116,21 +128,25 @@ def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, co
     curves = f"  (curves: tensorboard --logdir {_from_here(logs)})" if config.logger.tensorboard_enabled else ""
     rows = {
         "steps": f"{run.step} of {config.loop.max_num_steps}",
+        "ended": str(summary.extra["ended"]),
         "time": phase_line(summary.seconds_by_phase, summary.seconds_total),
         "metrics": f"{_from_here(logs / 'metrics.jsonl')}{curves}",
     }
-    if (loss := run.info.metrics.get("val/loss")) is not None:
-        rows["validation loss"] = f"{loss:.3f}"
     if (folder / "rollouts").exists():
         rows["rollouts"] = _from_here(folder / "rollouts")
     if config.checkpointing.enabled and run.saved_step:
         rows["checkpoint"] = _from_here(run.checkpoints.path(run.saved_step))
     if export is not None and config.checkpointing.export_hf:
-        rows["model"] = f"{_from_here(export)}  (loads with transformers.AutoModelForCausalLM)"
+        rows["model"] = f"{_from_here(export)}  (loads with transformers.{config.exported_as})"
     if config.checkpointing.enabled:
         given = command or ("nemo-rl", config.algorithm, "--config", _from_here(folder / "config.yaml"))
         rows["to continue"] = _continuation(given, {} if export is None else _next_limits(config, run))
     return rows
+
+
+def _validation(figures: Mapping[str, float]) -> dict[str, float]:
+    """What a person looks at of a validation."""
+    return {name: figures[f"val/{name}"] for name in ("loss", "accuracy") if f"val/{name}" in figures}
 
 
 def _next_limits(config: RunConfig, run: Run) -> dict[str, int]:
@@ -139,6 +155,8 @@ def _next_limits(config: RunConfig, run: Run) -> dict[str, int]:
     limits = {f"{section}.max_num_steps": (run.step, loop.max_num_steps)}
     if loop.max_num_epochs is not None:
         limits[f"{section}.max_num_epochs"] = (run.info.epochs, loop.max_num_epochs)
+    if loop.early_stopping.patience is not None:
+        limits[f"{section}.early_stopping.patience"] = (run.info.num_worse, loop.early_stopping.patience)
     return {key: 2 * done for key, (done, limit) in limits.items() if done >= limit}
 
 

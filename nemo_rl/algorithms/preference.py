@@ -1,33 +1,38 @@
 """Preference training, one visible loop: DPO and its kin on pairs of answers, KTO on judged ones."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
+from nemo_rl.algorithms.preference_batch import Reference, judged_batch, pair_batch
 from nemo_rl.algorithms.run import Run
 from nemo_rl.config.schema.preference import PreferenceLoopConfig
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.data.examples import mismatched
 from nemo_rl.data.supervised import Supervision
 from nemo_rl.data.types import Chat, ChatPair, Example, Preference, RolloutGroup
-from nemo_rl.errors import DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics, Sum, prefixed
-from nemo_rl.objectives.jagged import sequence_sums
-from nemo_rl.objectives.preference import KTOObjective, PreferenceObjective, kto_reference_kl
-from nemo_rl.objectives.weights import loss_weights
+from nemo_rl.objectives.preference import KTOObjective, PreferenceObjective
 from nemo_rl.workers.handles import Policy
 
 
 def train_on_pairs(
-    run: Run, policy: Policy, data: Supervision[ChatPair, Preference], objective: PreferenceObjective
+    config: PreferenceLoopConfig,
+    run: Run,
+    policy: Policy,
+    data: Supervision[ChatPair, Preference],
+    *,
+    objective: PreferenceObjective,
 ) -> None:
     """Train on pairs until the run ends; see `_train`."""
-    _train(run, policy, data, objective, partial(pair_batch, policy, with_reference=objective.needs_reference))
+    reference = Reference(policy, max_bytes=config.reference_cache_mib << 20) if objective.needs_reference else None
+    _train(run, policy, data, objective, lambda pairs: pair_batch(pairs, reference))
 
 
-def train_on_judged(run: Run, policy: Policy, data: Supervision[Chat, Example], objective: KTOObjective) -> None:
+def train_on_judged(
+    config: PreferenceLoopConfig, run: Run, policy: Policy, data: Supervision[Chat, Example], *, objective: KTOObjective
+) -> None:
     """Train on judged answers until the run ends; see `_train`."""
-    _train(run, policy, data, objective, partial(judged_batch, policy))
+    reference = Reference(policy, max_bytes=config.reference_cache_mib << 20)
+    _train(run, policy, data, objective, lambda examples: judged_batch(policy, examples, reference))
 
 
 def _train[Item, Ready](
@@ -40,7 +45,7 @@ def _train[Item, Ready](
     """Train until the run ends: its steps or epochs are used up, its time is over or it is interrupted.
 
     A step: draw records -> one batch in which every record weighs the same -> reference log-probabilities, if the loss
-    needs them -> one optimizer step.
+    needs them and they are not known -> one optimizer step.
     """
     loader = data.loader
 
@@ -59,30 +64,6 @@ def _train[Item, Ready](
         run.keep(step, policy, loader, validate=validate)
 
 
-def pair_batch(policy: Policy, pairs: Sequence[Preference], *, with_reference: bool) -> TokenBatch:
-    """Lay pairs side by side as an objective on pairs takes them."""
-    batch = _weighted(TokenBatch.from_preferences(pairs))
-    return _compared(policy, batch) if with_reference else batch
-
-
-def judged_batch(policy: Policy, examples: Sequence[Example]) -> TokenBatch:
-    """Lay judged answers side by side as KTO takes them, with the reference point of the whole batch.
-
-    Raises:
-        DataError: the answers are not judged, or there is only one.
-    """
-    batch = _weighted(TokenBatch.from_examples(examples))
-    if "chosen" not in batch.sequence_columns:
-        raise DataError(
-            "kto learns from answers that are judged good or bad, and these records have no label; give the data a "
-            "format of type judged, or choose another dpo.preference_loss"
-        )
-    others = _compared(policy, TokenBatch.from_examples(mismatched(examples)))
-    log_ratios = policy.logprobs(others) - others.token_columns["reference_logprobs"]
-    point = kto_reference_kl(sequence_sums(log_ratios, others.cu_seqlens))
-    return _compared(policy, batch).with_sequence_columns(reference_kl=point.repeat(batch.num_sequences))
-
-
 def preference_objective(config: PreferenceLoopConfig) -> PreferenceObjective | KTOObjective:
     """Build the objective of the `dpo` section."""
     beta, kind = config.reference_policy_kl_penalty, config.preference_loss
@@ -98,14 +79,3 @@ def preference_objective(config: PreferenceLoopConfig) -> PreferenceObjective | 
         sft_weight=config.sft_loss_weight,
         sft_average_logprobs=config.sft_average_log_probs,
     )
-
-
-def _weighted(batch: TokenBatch) -> TokenBatch:
-    """Every sequence weighs the same, so that a loss of pairs is their mean."""
-    weights = loss_weights(batch.token_columns["loss_mask"], batch.cu_seqlens, reduction="sequence_mean")
-    return batch.with_columns(loss_weights=weights)
-
-
-def _compared(policy: Policy, batch: TokenBatch) -> TokenBatch:
-    with policy.reference():
-        return batch.with_columns(reference_logprobs=policy.logprobs(batch))

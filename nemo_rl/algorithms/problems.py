@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from nemo_rl.config.schema.data import ArithmeticDataConfig
 from nemo_rl.config.schema.sampled import SampledRunConfig
 from nemo_rl.data.datasets.arithmetic import best_prompts
-from nemo_rl.data.datasets.registry import build_dataset
+from nemo_rl.data.datasets.registry import build_dataset, load_tasks
+from nemo_rl.data.datasets.streams import Source, held
+from nemo_rl.data.lengths import UNCACHED, LengthCache, LengthFilter
 from nemo_rl.data.loader import TaskLoader, one_pass
 from nemo_rl.data.processors import TaskProcessor, read_prompt_format
-from nemo_rl.data.types import Task, TaskDataset
+from nemo_rl.data.types import Task
 from nemo_rl.errors import DataError
 
 
@@ -26,8 +28,15 @@ class Problems:
     base_test: Mapping[str, tuple[Task, ...]]
 
 
-def load_problems(config: SampledRunConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
+def load_problems(
+    config: SampledRunConfig, tokenizer: PreTrainedTokenizerBase, lengths: LengthCache = UNCACHED
+) -> Problems:
     """Build the data sets and apply the chat template to what is small enough to be checked now.
+
+    Args:
+        config: of the run.
+        tokenizer: whose chat template is applied.
+        lengths: keeps the token counts of `data.too_long: filter`.
 
     Raises:
         DataError: data are missing or malformed, a set is empty, or a prompt is too long.
@@ -36,8 +45,10 @@ def load_problems(config: SampledRunConfig, tokenizer: PreTrainedTokenizerBase) 
     prompt_format = read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file)
     processor = TaskProcessor(tokenizer, prompt_format, config.max_prompt_tokens, data.too_long)
     test = None if data.test is None else build_dataset(data.test, "test")
-    validation = None if data.validation is None else build_dataset(data.validation, "validation")
-    train = build_dataset(data.train, "train", held_out=test)
+    train, validation = load_tasks(data, seed=config.loop.seed, held_out=test)
+    if data.too_long == "filter":
+        shorter = LengthFilter(config.max_prompt_tokens, tokenizer, lengths, data.num_workers)
+        train = shorter.fitting(held(train, "too_long=filter cannot measure"), processor.length, (prompt_format,))
     loader = TaskLoader(
         train,
         config.num_prompts_per_draw,
@@ -47,7 +58,7 @@ def load_problems(config: SampledRunConfig, tokenizer: PreTrainedTokenizerBase) 
         num_workers=data.num_workers,
     )
 
-    def tasks(dataset: TaskDataset | None, process: TaskProcessor, limit: int | None = None) -> tuple[Task, ...]:
+    def tasks(dataset: Source[Task] | None, process: TaskProcessor, limit: int | None = None) -> tuple[Task, ...]:
         if dataset is None:
             return ()
         usable = tuple(islice(one_pass(dataset, process), limit))

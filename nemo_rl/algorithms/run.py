@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
-from nemo_rl.algorithms.checkpoints import Checkpoints, Positioned, Stateful, TrainingInfo
-from nemo_rl.config.schema.run import LoopConfig, RunConfig
+from nemo_rl.algorithms.checkpoints import Checkpoints, Positioned, Trainable, TrainingInfo
+from nemo_rl.algorithms.ending import after_validation, end_of
+from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.data.types import RolloutGroup
 from nemo_rl.errors import CheckpointError
 from nemo_rl.metrics import Metrics, Sum, prefixed, scalars
@@ -34,16 +35,12 @@ _SHOWN = {
     "train/reward/mean": "reward",
     "train/environment/accuracy": "accuracy",
     "train/nll": "loss",
+    "train/forward_kl": "forward KL",
+    "train/reverse_kl": "reverse KL",
     "train/preference_loss": "loss",
     "train/accuracy": "accuracy",
 }
 """What a person looks at while a run is going on, by its name in the records."""
-
-
-class Trainable(Stateful, Protocol):
-    """Has weights; `describe()["optimizer_steps"]` counts every change of them that was begun."""
-
-    def describe(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +48,13 @@ class WholeStep:
     """The state at the end of a step, to be saved if a later one fails.
 
     Attributes:
-        policy: holds the weights, unless it has begun to change them since.
-        optimizer_steps: that it had begun by then.
+        policy: holds the weights, unless it or another trained part has begun to change its own since.
+        optimizer_steps: that each part had begun by then.
         position: of the loader, before it drew what the next step failed on.
     """
 
     policy: Trainable
-    optimizer_steps: int
+    optimizer_steps: Mapping[str, int]
     position: dict[str, Any]
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,7 +93,7 @@ class Run:
         self.console = console
         self.info = info
         self.interrupted = False
-        self.finished = False
+        self._end: str | None = None
         self.num_tokens = 0.0
         self.saved_step = info.step
         self.step = info.step
@@ -122,14 +119,14 @@ class Run:
     def _rescue(self, whole: WholeStep) -> None:
         """Save a step after the next one failed; whatever goes wrong here must not hide that failure."""
         try:
-            if whole.policy.describe()["optimizer_steps"] != whole.optimizer_steps:
+            if self.checkpoints.optimizer_steps(whole.policy) != whole.optimizer_steps:
                 raise CheckpointError("the step that failed had begun to change the weights")
             self._save(whole.policy, whole)
             self.console.note(f"step {self.step} is saved: the same command goes on after it")
         except Exception as error:
             self.console.note(f"step {self.step} cannot be saved: {error}")
 
-    def _save(self, policy: Stateful, loader: Positioned) -> None:
+    def _save(self, policy: Trainable, loader: Positioned) -> None:
         self._unsaved = None  # if this fails, so would another try
         with self.phase("save"):
             self.checkpoints.save(self.info, policy, loader)
@@ -147,6 +144,7 @@ class Run:
         """Validate before the first step, where the configuration asks for it."""
         if self.step == 0 and self._config.loop.val_at_start:
             self.validate(0, validate)
+            self.info = replace(self.info, before={**self.info.before, **self.info.metrics})
 
     def steps(self, loader: Records) -> Iterator[int]:
         """Count the steps still to do, from 1; ends when steps, epochs or time are used up, or on Ctrl-C."""
@@ -161,10 +159,23 @@ class Run:
 
     def _decide(self, loader: Records) -> None:
         """Settle whether another step follows; only before a step is saved, so that the last one always is."""
-        self.finished = is_used_up(self._config.loop, self.step, loader.epoch)
+        self.info = replace(self.info, epochs=loader.epoch)
+        self._end = end_of(self._config.loop, self.info)
         longest_step = max(self._longest_step, time.monotonic() - self._step_began)
         out_of_time = self._deadline is not None and self._timer.total + longest_step > self._deadline
         self._ending = self.finished or out_of_time or self.interrupted
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing was left to do, and nobody stopped the run before it found so."""
+        return self._end is not None and not self.interrupted
+
+    @property
+    def why_ended(self) -> str:
+        """Why the loop is over, in words."""
+        if self.interrupted:
+            return "it was interrupted"
+        return self._end or "checkpointing.checkpoint_must_save_by left no time for another step"
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
@@ -186,7 +197,9 @@ class Run:
             timing["timing/environment_seconds"] = Sum(collected.environment_seconds)
         timing["timing/step_seconds"] = Sum(elapsed)
         timing["timing/tokens_per_second"] = Sum(num_tokens / elapsed)
-        worked_on = {"generate": "train/tokens_sampled", "logprobs": "train/tokens", "train": "train/tokens"}
+        worked_on = {"train": "train/tokens"}
+        if collected is not None:  # the log-probabilities of given answers may be known already
+            worked_on |= {"generate": "train/tokens_sampled", "logprobs": "train/tokens"}
         for phase, tokens in worked_on.items():
             if tokens in metrics and seconds.get(phase):
                 timing[f"timing/{phase}_tokens_per_second"] = Sum(metrics[tokens].value / seconds[phase])
@@ -206,9 +219,8 @@ class Run:
         """Validate and save after a step, where the configuration or the end of the run asks for it."""
         limits, saving = self._config.loop, self._config.checkpointing
         self._decide(loader)
-        self.info = replace(self.info, epochs=loader.epoch)
         if saving.enabled:
-            self._unsaved = WholeStep(policy, policy.describe()["optimizer_steps"], loader.state_dict())
+            self._unsaved = WholeStep(policy, self.checkpoints.optimizer_steps(policy), loader.state_dict())
         if (limits.val_period and step % limits.val_period == 0) or (self._ending and limits.val_at_end):
             self.validate(step, validate)
             self._decide(loader)  # meanwhile Ctrl-C may have come
@@ -223,6 +235,7 @@ class Run:
         named = prefixed("val", metrics)
         self._logger.log(step, named)
         self.info = replace(self.info, metrics={**self.info.metrics, **scalars(named)})
+        self.info = after_validation(self.info, self._config.loop.early_stopping, scalars(metrics))
         known = {name: metrics[name].value for name in ("loss", "accuracy") if name in metrics}
         told = ", ".join(f"{name} {value:.3f}" for name, value in known.items())
         self.console.note(f"step {step}: validation {told or 'accuracy unknown'}")
@@ -233,11 +246,6 @@ class Run:
     def log_outcome(self, name: str, value: float) -> None:
         """Log a figure of the whole run at the current step."""
         self._logger.log(self.step, {name: Sum(value)})
-
-
-def is_used_up(limits: LoopConfig, steps: int, epochs: int) -> bool:
-    """Whether a run that has done so many steps and whole epochs is at its end."""
-    return steps >= limits.max_num_steps or (limits.max_num_epochs is not None and epochs >= limits.max_num_epochs)
 
 
 def _sample(group: RolloutGroup) -> Sample:

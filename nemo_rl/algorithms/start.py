@@ -11,13 +11,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.algorithms.checkpoints import Checkpoints, TrainingInfo
+from nemo_rl.algorithms.ending import end_of
 from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
-from nemo_rl.algorithms.run import Run, is_used_up
+from nemo_rl.algorithms.run import Run
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import dump_config
 from nemo_rl.config.schema.cluster import ClusterConfig
-from nemo_rl.config.schema.policy import TrainedPolicyConfig
+from nemo_rl.config.schema.policy import ModelConfig, TrainedPolicyConfig
 from nemo_rl.config.schema.run import RunConfig
+from nemo_rl.data.lengths import LengthCache
 from nemo_rl.distributed.cache import cache_dir
 from nemo_rl.distributed.executor import make_executor
 from nemo_rl.errors import ConfigError
@@ -31,8 +33,8 @@ from nemo_rl.training.pytorch.backend import build_optimization
 
 
 @dataclass(frozen=True, slots=True)
-class Model[P: TrainedPolicyConfig]:
-    """What a worker loads: `source` (a folder or a hub name) and the `policy` section; and the tokenizer of both."""
+class Model[P: ModelConfig]:
+    """What a worker loads: `source` (a folder or a hub name) and its section; and the tokenizer of both."""
 
     source: str
     policy: P
@@ -71,18 +73,16 @@ class Start:
         with self.timer.phase(name), self.console.phase(name):
             yield
 
+    @property
+    def lengths(self) -> LengthCache:
+        """Keeps token counts from one run to the next."""
+        return LengthCache(cache_dir() / "token_lengths", self.console.track)
+
     def worker(
-        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], *, with_reference: bool
+        self, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object
     ) -> WorkerHandle:
-        """Start the worker of the policy with the resources it needs."""
-        cluster = self.config.cluster
-        executor = stack.enter_context(
-            make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
-        )
-        resources = Resources(
-            num_cpus=float(self.config.policy.num_threads or 1), num_gpus=float(cluster.gpus_per_node > 0)
-        )
-        return executor.start(kind, model.policy, model.source, with_reference=with_reference, resources=resources)
+        """Start a worker of a model, with the resources it needs and further arguments of its kind."""
+        return start_worker(self.config, stack, kind, model, **arguments)
 
     def run(self, info: TrainingInfo) -> Run:
         """Open the records of the run, which goes on after `info`.
@@ -119,18 +119,32 @@ def start(config: RunConfig) -> Start:
         sample_period=config.logger.print_sample_period,
     )
     earlier = earlier_outcome(checkpoints.folder, latest.step)
-    if earlier is not None and is_used_up(config.loop, latest.step, latest.epochs):
+    end = end_of(config.loop, latest)
+    if earlier is not None and end is not None:
         console.note(
-            f"{checkpoints.folder} holds this run, finished after step {latest.step}: raise "
-            f"{config.algorithm}.max_num_steps (or max_num_epochs) to go on, or choose another "
-            "checkpointing.checkpoint_dir to start afresh"
+            f"{checkpoints.folder} holds this run, finished after step {latest.step}: {end}; raise "
+            f"{config.algorithm}.max_num_steps (or max_num_epochs, or early_stopping.patience) to go on, or choose "
+            "another checkpointing.checkpoint_dir to start afresh"
         )
     else:
         earlier = None
     return Start(config, timer, checkpoints, console, earlier)
 
 
-def load_model[P: TrainedPolicyConfig](policy: P) -> Model[P]:
+def start_worker(
+    config: RunConfig, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object
+) -> WorkerHandle:
+    """Start a worker of a model; the models of a run take turns, so they share its cores and its GPU."""
+    cluster, share = config.cluster, 1 / config.num_models
+    executor = stack.enter_context(
+        make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
+    )
+    num_cpus = max(share, int(share * (model.policy.num_threads or 1)))  # Ray counts above 1 in whole ones
+    resources = Resources(num_cpus=float(num_cpus), num_gpus=share if cluster.gpus_per_node > 0 else 0.0)
+    return executor.start(kind, model.policy, model.source, resources=resources, **arguments)
+
+
+def load_model[P: ModelConfig](policy: P) -> Model[P]:
     """Find the model and load its tokenizer.
 
     Raises:
@@ -141,7 +155,7 @@ def load_model[P: TrainedPolicyConfig](policy: P) -> Model[P]:
     return Model(source, policy, load_tokenizer(policy.tokenizer.name or source, policy.tokenizer.chat_template))
 
 
-def worker_policy[P: TrainedPolicyConfig](policy: P, source: str) -> P:
+def worker_policy[P: ModelConfig](policy: P, source: str) -> P:
     """The `policy` section as its worker takes it, wherever that is.
 
     The tokenizer's name is resolved, and the threads are those of this process, because Ray would allow one.
@@ -162,8 +176,17 @@ def check_can_run(config: RunConfig) -> None:
     Raises:
         ConfigError: with what to set instead.
     """
-    build_optimization(config.policy, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
-    check_devices(config.cluster, config.policy.device, what="policy", section="policy")
+    check_trainable(config.policy, config.cluster, section="policy")
+
+
+def check_trainable(model: TrainedPolicyConfig, cluster: ClusterConfig, *, section: str) -> None:
+    """Refuse a model, configured in `section`, that there is no optimizer or device for.
+
+    Raises:
+        ConfigError: with what to set instead.
+    """
+    build_optimization(model, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
+    check_devices(cluster, model.device, what=section, section=section)
 
 
 def check_devices(cluster: ClusterConfig, device: str, *, what: str, section: str) -> None:

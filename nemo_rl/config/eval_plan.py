@@ -34,7 +34,7 @@ def _memory_rows(config: EvalConfig, shape: ModelShape | None) -> Rows:
     if shape is None:
         return [("model", f"{generation.model_name}: size unknown, its config.json is not on this machine")]
     rows = [("model", f"{generation.model_name}: {shape.parameters:,} parameters, {engine.precision}")]
-    stored = 2 if engine.precision == "bfloat16" else 4
+    stored = 2 if engine.precision == "bfloat16" or (engine.precision == "auto" and config.cluster.gpus_per_node) else 4
     rows.append(("weights", size(stored * shape.parameters)))
     if generation.backend == "vllm":
         graphs = "without" if engine.enforce_eager else "with"

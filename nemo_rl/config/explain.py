@@ -15,6 +15,44 @@ from nemo_rl.config.fields import find, nearest, sections
 from nemo_rl.errors import ConfigError
 
 
+def explain_any(key: str, roots: Mapping[str, type[BaseModel]]) -> str:
+    """Describe a setting or section of whichever commands have it; what they say alike is said once.
+
+    Args:
+        key: dotted path; empty for the sections of all commands.
+        roots: the schema of each command.
+
+    Raises:
+        ConfigError: no command has such a path; the message names the nearest one.
+    """
+    path = tuple(filter(None, key.split(".")))
+    if not path:
+        return _overview(roots)
+    if texts := {command: explain(key, root) for command, root in roots.items() if find(root, path)}:
+        told = _by_text(texts)
+        return "\n\n".join(
+            text if len(told) == 1 else f"{', '.join(commands)}:\n{text}" for text, commands in told.items()
+        )
+    likely = [root for root in roots.values() if path[0] in root.model_fields] or list(roots.values())
+    close = next(filter(None, (nearest(root, path) for root in likely)), None)
+    raise ConfigError(f"there is no setting {key}: {f'did you mean {close}?' if close else 'try `nemo-rl explain`'}")
+
+
+def _overview(roots: Mapping[str, type[BaseModel]]) -> str:
+    """The sections of all commands, those that not all have with the commands that do."""
+    lines: list[str] = []
+    for name in dict.fromkeys(name for root in roots.values() for name in root.model_fields):
+        fields = {command: root.model_fields[name] for command, root in roots.items() if name in root.model_fields}
+        for text, commands in _by_text({c: "\n".join(_setting(name, info)) for c, info in fields.items()}).items():
+            lines += [text, *([f"    ({', '.join(commands)})"] if len(commands) < len(roots) else [])]
+    return "\n".join(lines)
+
+
+def _by_text(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The commands that share a text."""
+    return {text: [command for command, own in texts.items() if own == text] for text in dict.fromkeys(texts.values())}
+
+
 def explain(key: str, root: type[BaseModel]) -> str:
     """Describe a setting (type, default, documentation) or a section (the same for each of its fields).
 
@@ -95,7 +133,7 @@ def _default(info: FieldInfo) -> str:
     if info.is_required():
         return ", required"
     value = info.get_default(call_default_factory=True)
-    return "" if isinstance(value, BaseModel) else f", default {json.dumps(value)}"
+    return "" if isinstance(value, BaseModel) else f", default {json.dumps(value, default=sorted)}"
 
 
 def _type(info: FieldInfo) -> str:
@@ -125,7 +163,7 @@ def _phrase(annotation: Any) -> str:
         return _phrase(parts[0]) + "".join(_bounds(part.metadata) for part in parts[1:] if isinstance(part, FieldInfo))
     if origin is Literal:
         return " | ".join(map(str, parts))
-    if origin in (list, tuple):
+    if origin in (list, tuple, frozenset):
         return f"[{_phrase(parts[0])}, ...]"
     if origin is dict:
         return f"{{{'NAME' if parts[0] is str else _phrase(parts[0])}: {_phrase(parts[1])}}}"

@@ -1,6 +1,5 @@
 """`nemo-rl migrate FILE`: a NeMo RL configuration in the keys of today."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_rl.config.interpolation import interpolate
@@ -8,14 +7,9 @@ from nemo_rl.config.load import dump_values, validate
 from nemo_rl.config.nemo.tables import DIALECTS
 from nemo_rl.config.nemo.translate import algorithm_of, translate
 from nemo_rl.config.schema.algorithms import GRPOConfig
-from nemo_rl.config.schema.base import Section
-from nemo_rl.config.schema.evaluation import EvalConfig
-from nemo_rl.config.schema.registry import RUNS
+from nemo_rl.config.schema.registry import COMMANDS
 from nemo_rl.config.sources import read_tree
 from nemo_rl.errors import ConfigError
-
-SCHEMAS: Mapping[str, type[Section]] = {**RUNS, "eval": EvalConfig}
-"""The schema of each algorithm; what has none yet is translated by its table alone."""
 
 
 def migrate(path: str | Path) -> tuple[str, tuple[str, ...]]:
@@ -31,9 +25,9 @@ def migrate(path: str | Path) -> tuple[str, tuple[str, ...]]:
     algorithm = algorithm_of(tree.values)
     if algorithm is None:
         raise ConfigError(f"{path} has no section of an algorithm: it needs one of {', '.join(DIALECTS)}")
-    schema = SCHEMAS.get(algorithm, GRPOConfig)
+    schema = COMMANDS.get(algorithm, GRPOConfig)
     interpolate(tree, schema)
     notes = translate(tree, schema, algorithm)
-    if algorithm in SCHEMAS:
+    if algorithm in COMMANDS:
         validate(tree, schema)
     return dump_values(tree.values), notes

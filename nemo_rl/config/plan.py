@@ -130,8 +130,11 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     """Bytes by part of one copy that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
     policy, parameters = config.policy, shape.parameters
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
-    stored = 2 if policy.precision == "bfloat16" else _FLOAT32
-    computed = _FLOAT32 if policy.precision == "float32" else 2
+    precision = policy.precision
+    if precision == "auto":  # what the hardware will make of it is not known here
+        precision = "bfloat16" if config.cluster.gpus_per_node else "float32"
+    stored = 2 if precision == "bfloat16" else _FLOAT32
+    computed = _FLOAT32 if precision == "float32" else 2
     parts = {
         "weights": stored * parameters,
         "reference weights": stored * parameters if _has_reference(config) else 0,

@@ -24,7 +24,8 @@ class TokenBatch:
         cu_seqlens: int64 [B+1], sequence i is `token_ids[cu_seqlens[i]:cu_seqlens[i+1]]`.
         group_ids: int64 [B], equal for sequences of one group; sequences of a group are neighbours.
         token_columns: named per-token tensors [N] (`loss_mask` bool, `loss_weights`, `advantages`, `rollout_logprobs`,
-            `old_logprobs`, `reference_logprobs`: float32).
+            `old_logprobs`, `reference_logprobs`: float32), or [N, ...] where a token has several values (a teacher's
+            `teacher_logprobs` [N, k], `teacher_hidden` [N, H]).
         sequence_columns: named per-sequence tensors [B] (`rewards`: float32, `truncated`: bool).
 
     Raises:
@@ -51,16 +52,19 @@ class TokenBatch:
             raise DataError(f"TokenBatch has {len(self.group_ids)} group_ids for {self.num_sequences} sequences")
         if len(self.group_ids.unique_consecutive()) != len(self.group_ids.unique()):
             raise DataError("TokenBatch.group_ids tears a group apart; sequences of a group must be neighbours")
-        for names, columns, size in (
-            ("token", self.token_columns, len(self.token_ids)),
-            ("sequence", self.sequence_columns, self.num_sequences),
-        ):
-            for name, column in columns.items():
-                if column.shape != (size,) or column.device != self.token_ids.device:
-                    raise DataError(
-                        f"TokenBatch {names} column {name!r} is {_describe(column)}; "
-                        f"it must be one-dimensional with {size} values on {self.token_ids.device}"
-                    )
+        device = self.token_ids.device
+        for name, column in self.token_columns.items():
+            if column.shape[:1] != (self.num_tokens,) or column.device != device:
+                raise DataError(
+                    f"TokenBatch token column {name!r} is {_describe(column)}; "
+                    f"it must have {self.num_tokens} rows, one a token, on {device}"
+                )
+        for name, column in self.sequence_columns.items():
+            if column.shape != (self.num_sequences,) or column.device != device:
+                raise DataError(
+                    f"TokenBatch sequence column {name!r} is {_describe(column)}; "
+                    f"it must be one-dimensional with {self.num_sequences} values on {device}"
+                )
         loss_mask = self.token_columns.get("loss_mask")
         if loss_mask is not None and loss_mask.dtype != torch.bool:
             raise DataError(f"TokenBatch token column 'loss_mask' is {_describe(loss_mask)}; it must be bool")
@@ -288,7 +292,7 @@ class TokenBatch:
         return [torch.cat([_NONE, *units]).sort().values for units in ranks]
 
     def with_columns(self, **columns: Tensor) -> Self:
-        """Add or replace per-token columns [N]."""
+        """Add or replace per-token columns [N] or [N, ...]."""
         return replace(self, token_columns={**self.token_columns, **columns})
 
     def with_sequence_columns(self, **columns: Tensor) -> Self:

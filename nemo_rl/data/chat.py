@@ -48,6 +48,26 @@ class PromptFormat:
                 f"the prompt template {self.prompt!r} has {places} places '{{}}' for the problem; give it one"
             )
 
+    def with_own(self, template: str | None, system_prompt: str | None) -> PromptFormat:
+        """Put what an item says about itself in the place of what holds for all."""
+        if template is None and system_prompt is None:
+            return self
+        prompt, system = template or self.prompt, self.system_prompt if system_prompt is None else system_prompt
+        return PromptFormat(prompt, system, self.examples)
+
+    def around(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Wrap the first words of the user in a conversation with answers; what follows them stays as it is.
+
+        Raises:
+            DataError: the conversation has no words of the user, or a system message of its own beside `system_prompt`.
+        """
+        if self == PromptFormat():
+            return tuple(messages)
+        asked = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
+        if asked is None:
+            raise DataError("a conversation has no user message for the prompt to be put around; remove the record")
+        return (*self.apply(messages[: asked + 1]), *messages[asked + 1 :])
+
     def apply(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Wrap the last message of a conversation, and put system prompt and examples before the conversation.
 
@@ -78,6 +98,16 @@ def check_spoken(messages: Sequence[Message], where: str) -> None:
             raise DataError(f"{where} has an empty {message['role']} message; remove the record, or fill it in")
 
 
+def check_readable(images: Collection[object], where: str) -> None:
+    """Refuse images: the models that are trained here read text.
+
+    Raises:
+        DataError: there are images; it begins with `where`.
+    """
+    if images:
+        raise DataError(f"{where} shows {len(images)} images, and the model is trained on text alone; use data of text")
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:
     """Tokenize a conversation up to the point where the policy speaks.
 
@@ -85,6 +115,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         int64 [P], ending with the template's generation prompt.
     """
     return _tokenize(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))[0]
+
+
+def encode_whole(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Tensor:
+    """Tokenize a whole conversation of which nothing has to be told apart: int64 [T].
+
+    Raises:
+        DataError: the template cannot write the conversation.
+    """
+    return _tokenize(tokenizer, _render(tokenizer, messages, tools))[0]
 
 
 def encode_conversation(

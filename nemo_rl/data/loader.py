@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from nemo_rl.data.datasets.streams import ItemStream, Source, Walk
 from nemo_rl.data.types import ItemDataset, Task
 from nemo_rl.errors import CheckpointError, DataError
 
@@ -19,20 +20,21 @@ type Processor[Item, Ready] = Callable[[Item], Ready | None]
 _log = logging.getLogger(__name__)
 
 
-def one_pass[Item, Ready](dataset: ItemDataset[Item], processor: Processor[Item, Ready]) -> Iterator[Ready]:
+def one_pass[Item, Ready](dataset: Source[Item], processor: Processor[Item, Ready]) -> Iterator[Ready]:
     """Go through a data set once, in order; an item is read and processed when it is asked for.
 
     How many the processor turned down is logged in the end.
     """
-    num_skipped = 0
-    for index in range(len(dataset)):
-        item = processor(dataset[index])
+    num_seen = num_skipped = 0
+    for raw in dataset.once() if isinstance(dataset, ItemStream) else map(dataset.__getitem__, range(len(dataset))):
+        num_seen += 1
+        item = processor(raw)
         if item is None:
             num_skipped += 1
         else:
             yield item
     if num_skipped:
-        _log.info("%d of %d records are too long and are left out", num_skipped, len(dataset))
+        _log.info("%d of %d records are too long and are left out", num_skipped, num_seen)
 
 
 class Loader[Item, Ready]:
@@ -41,11 +43,14 @@ class Loader[Item, Ready]:
     Every epoch is a new permutation decided by (seed, epoch) alone. The permutations follow each other without a seam:
     a batch that an epoch cannot fill is filled from the next one, so every epoch shows every item once. An item that
     the processor turns down (a prompt too long) is passed over and counted, and the batch is still full.
+
+    A stream is shuffled in blocks (see `ItemStream`), and every loader process reads a shard of its own, of which it
+    begins another pass whenever it comes to the end; `epoch` counts the passes that all have completed.
     """
 
     def __init__(
         self,
-        dataset: ItemDataset[Item],
+        dataset: Source[Item],
         num_prompts: int,
         processor: Processor[Item, Ready],
         *,
@@ -66,40 +71,42 @@ class Loader[Item, Ready]:
         Raises:
             DataError: the data set is empty, or `num_prompts` is not positive.
         """
-        if not len(dataset):
-            raise DataError("the training data set is empty; check the path and the split in data.train")
         if num_prompts < 1:
             raise DataError(f"a batch of {num_prompts} prompts was asked for; it needs at least 1")
         self.num_prompts = num_prompts
         self.num_drawn = 0
         self.num_skipped = 0
-        self._num_tasks = len(dataset)
-        self._identity = {
-            "num_tasks": len(dataset),
-            "fingerprint": dataset.fingerprint,
-            "seed": seed,
-            "shuffle": shuffle,
-            "num_workers": num_workers,
-        }
+        self._passes = [0] * max(1, num_workers)
+        own_seed = seed if shuffle else None
+        if isinstance(dataset, ItemStream):
+            self._num_tasks, known = None, dataset.description
+            ready, order = _Streamed(dataset, processor, own_seed), None
+        else:
+            self._num_tasks = len(dataset)
+            if not self._num_tasks:
+                raise DataError("the training data set is empty; check the path and the split in data.train")
+            known = {"num_tasks": self._num_tasks, "fingerprint": dataset.fingerprint}
+            ready, order = _Processed(dataset, processor), _EpochSampler(self._num_tasks, own_seed)
+        self._identity = {**known, "seed": seed, "shuffle": shuffle, "num_workers": num_workers}
         with warnings.catch_warnings():
             # torchdata 0.11.0 calls what torch 2.13 deprecates; https://github.com/meta-pytorch/data
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             self._loader = StatefulDataLoader(
-                _Processed(dataset, processor),
+                ready,
                 batch_size=None,
-                sampler=_EpochSampler(len(dataset), seed if shuffle else None),
+                sampler=order,
                 num_workers=num_workers,
                 collate_fn=_as_it_is,
                 # A fork of a process with torch's (or Ray's) threads can hang.
                 multiprocessing_context="forkserver" if num_workers else None,
                 worker_init_fn=_leave_interrupts_to_the_run,
             )
-        self._tasks: Iterator[Ready | None] | None = None
+        self._draws: Iterator[tuple[Ready | None, int]] | None = None
 
     @property
     def epoch(self) -> int:
         """How often the whole data set has been shown."""
-        return self.num_drawn // self._num_tasks
+        return min(self._passes) if self._num_tasks is None else self.num_drawn // self._num_tasks
 
     def __iter__(self) -> Self:
         """A loader is its own, endless iterator."""
@@ -111,25 +118,34 @@ class Loader[Item, Ready]:
         Raises:
             DataError: a whole epoch went by and every item was skipped.
         """
-        if self._tasks is None:
-            self._tasks = iter(self._loader)
+        if self._draws is None:
+            self._draws = iter(self._loader)
         batch: list[Ready] = []
-        skipped_in_a_row = 0
+        begun = last = self.epoch
         while len(batch) < self.num_prompts:
-            task = next(self._tasks)
+            item, num_passes = next(self._draws)
+            self._passes[self.num_drawn % len(self._passes)] = num_passes  # the loader processes take turns
             self.num_drawn += 1
-            if task is not None:
-                batch.append(task)
-                skipped_in_a_row = 0
-                continue
-            self.num_skipped += 1
-            skipped_in_a_row += 1
-            if skipped_in_a_row >= 2 * self._num_tasks:
+            if item is None:
+                self.num_skipped += 1
+            else:
+                batch.append(item)
+                begun = self.epoch
+            if self.epoch > last:
+                last = self.epoch
+                self._tell_skipped()
+            if self.epoch > begun + 1:
+                which = "all" if self._num_tasks is None else f"all {self._num_tasks}"
                 raise DataError(
-                    f"all {self._num_tasks} tasks were skipped because their prompts are too long; "
-                    "raise data.max_input_seq_length"
+                    f"{which} tasks were skipped because their prompts are too long; raise data.max_input_seq_length"
                 )
         return batch
+
+    def _tell_skipped(self) -> None:
+        """Say after the first pass how many items it left out; the others leave out the same."""
+        if self.epoch == 1 and self.num_skipped:
+            count, total = self.num_skipped, self.num_drawn
+            _log.info("%d of %d training records are too long and are left out", count, total)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, after the last batch drawn: plain numbers and strings, so JSON keeps it too."""
@@ -137,6 +153,7 @@ class Loader[Item, Ready]:
             "data": self._identity,
             "num_drawn": self.num_drawn,
             "num_skipped": self.num_skipped,
+            "passes": list(self._passes),
             "loader": self._loader.state_dict(),
         }
 
@@ -148,7 +165,13 @@ class Loader[Item, Ready]:
                 not what `state_dict` gives.
         """
         match state:
-            case {"data": {**was}, "num_drawn": int(), "num_skipped": int(), "loader": {**position}} if position:
+            case {
+                "data": {**was},
+                "num_drawn": int(),
+                "num_skipped": int(),
+                "passes": [*passes],
+                "loader": {**position},
+            } if position:
                 self._check_same_data(was)
             case _:
                 raise CheckpointError(
@@ -156,8 +179,9 @@ class Loader[Item, Ready]:
                     "checkpoint to resume from an earlier one"
                 )
         self.num_drawn, self.num_skipped = state["num_drawn"], state["num_skipped"]
+        self._passes = passes
         self._loader.load_state_dict(position)
-        self._tasks = None
+        self._draws = None
 
     def _check_same_data(self, was: Mapping[str, Any]) -> None:
         now = self._identity
@@ -174,15 +198,47 @@ TaskLoader = Loader[Task, Task]
 """Draws problems for the policy."""
 
 
-class _Processed[Item, Ready](Dataset[Ready | None]):
-    """A data set whose items are processed as they are read."""
+class _Processed[Item, Ready](Dataset[tuple[Ready | None, int]]):
+    """A data set whose items are processed as they are read; it knows nothing of passes, which are always 0."""
 
     def __init__(self, dataset: ItemDataset[Item], processor: Processor[Item, Ready]) -> None:
         self._dataset = dataset
         self._processor = processor
 
-    def __getitem__(self, index: int) -> Ready | None:
-        return self._processor(self._dataset[index])
+    def __getitem__(self, index: int) -> tuple[Ready | None, int]:
+        return self._processor(self._dataset[index]), 0
+
+
+class _Streamed[Item, Ready](IterableDataset[tuple[Ready | None, int]]):
+    """A stream whose items are processed as they are read; each loader process reads a shard."""
+
+    def __init__(self, stream: ItemStream[Item], processor: Processor[Item, Ready], seed: int | None) -> None:
+        self._stream = stream
+        self._processor = processor
+        self._seed = seed
+
+    def __iter__(self) -> "_ReadyWalk[Item, Ready]":
+        process = get_worker_info()
+        shard, num_shards = (0, 1) if process is None else (process.id, process.num_workers)
+        return _ReadyWalk(self._stream.walk(seed=self._seed, shard=shard, num_shards=num_shards), self._processor)
+
+
+class _ReadyWalk[Item, Ready](Iterator[tuple[Ready | None, int]]):
+    """Items of a stream, processed, each with the number of passes that it completes."""
+
+    def __init__(self, walk: Walk[Item], processor: Processor[Item, Ready]) -> None:
+        self._walk = walk
+        self._processor = processor
+
+    def __next__(self) -> tuple[Ready | None, int]:
+        item, num_passes = next(self._walk)
+        return self._processor(item), num_passes
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._walk.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._walk.load_state_dict(state)
 
 
 class _EpochSampler(Sampler[int]):

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.data.datasets.registry import load_chats, load_pairs
+from nemo_rl.data.datasets.streams import Source, held
 from nemo_rl.data.examples import ChatEncoder
+from nemo_rl.data.lengths import UNCACHED, LengthCache, LengthFilter
 from nemo_rl.data.loader import Loader, one_pass
-from nemo_rl.data.types import Chat, ChatPair, Example, ItemDataset, Preference
+from nemo_rl.data.processors import read_prompt_format
+from nemo_rl.data.scored import ScoreEncoder
+from nemo_rl.data.types import Chat, ChatPair, Example, Preference
 from nemo_rl.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ def prepare_examples(
     max_length: int,
     seed: int,
     max_val_samples: int | None = None,
+    lengths: LengthCache = UNCACHED,
 ) -> Supervision[Chat, Example]:
     """Build what supervised fine-tuning learns from (and KTO, whose records are judged).
 
@@ -44,14 +49,18 @@ def prepare_examples(
         max_length: the most tokens of a sequence where the section does not say.
         seed: decides the order and the records split off for validation.
         max_val_samples: the most conversations of a validation; None takes all.
+        lengths: keeps the token counts of `too_long: filter`.
 
     Raises:
         DataError: the data are missing or malformed, or nothing is left for validation.
     """
-    encode = _encoder(data, tokenizer, max_length).example
+    encoder = _encoder(data, tokenizer, max_length)
     train, validation = load_chats(data, seed=seed)
-    loader = _loader(data, train, encode, batch_size=batch_size, seed=seed)
-    return Supervision(loader, _encoded(validation, encode, max_val_samples))
+    if data.too_long == "filter":
+        shorter = LengthFilter(encoder.max_length or max_length, tokenizer, lengths, data.num_workers)
+        train = shorter.fitting(held(train, "too_long=filter cannot measure"), encoder.example_length, encoder.about)
+    loader = _loader(data, train, encoder.example, batch_size=batch_size, seed=seed)
+    return Supervision(loader, _encoded(validation, encoder.example, max_val_samples))
 
 
 def prepare_preferences(
@@ -62,12 +71,53 @@ def prepare_preferences(
     max_length: int,
     seed: int,
     max_val_samples: int | None = None,
+    lengths: LengthCache = UNCACHED,
 ) -> Supervision[ChatPair, Preference]:
-    """Build what preference training and reward models learn from: batches of `batch_size` pairs; see above."""
-    encode = _encoder(data, tokenizer, max_length).preference
+    """Build what preference training learns from: batches of `batch_size` pairs; see above."""
+    encoder = _encoder(data, tokenizer, max_length)
+    return _prepare_pairs(data, encoder, tokenizer, batch_size, seed, max_val_samples, lengths)
+
+
+def prepare_scored(
+    data: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_val_samples: int | None = None,
+    lengths: LengthCache = UNCACHED,
+) -> Supervision[ChatPair, Preference]:
+    """Build what reward models learn from: batches of `batch_size` pairs, each answer with its score to be; see above.
+
+    The model takes the tokenizer's padding token for its own.
+    """
+    pad = cast("int | None", tokenizer.pad_token_id)
+    encoder = ScoreEncoder(
+        tokenizer,
+        pad,
+        max_length=data.max_input_seq_length or max_length,
+        too_long=data.too_long,
+        prompt_format=read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file),
+    )
+    return _prepare_pairs(data, encoder, tokenizer, batch_size, seed, max_val_samples, lengths)
+
+
+def _prepare_pairs(
+    data: ExampleDataConfig,
+    encoder: ChatEncoder | ScoreEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    seed: int,
+    max_val_samples: int | None,
+    lengths: LengthCache,
+) -> Supervision[ChatPair, Preference]:
     train, validation = load_pairs(data, seed=seed)
-    loader = _loader(data, train, encode, batch_size=batch_size, seed=seed)
-    return Supervision(loader, _encoded(validation, encode, max_val_samples))
+    if data.too_long == "filter" and encoder.max_length is not None:
+        shorter = LengthFilter(encoder.max_length, tokenizer, lengths, data.num_workers)
+        train = shorter.fitting(held(train, "too_long=filter cannot measure"), encoder.preference_length, encoder.about)
+    loader = _loader(data, train, encoder.preference, batch_size=batch_size, seed=seed)
+    return Supervision(loader, _encoded(validation, encoder.preference, max_val_samples))
 
 
 def _encoder(data: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> ChatEncoder:
@@ -76,12 +126,13 @@ def _encoder(data: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase, max_le
         roles=frozenset[str](data.roles),
         max_length=data.max_input_seq_length or max_length,
         too_long=data.too_long,
+        prompt_format=read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file),
     )
 
 
 def _loader[Item, Ready](
     data: ExampleDataConfig,
-    dataset: ItemDataset[Item],
+    dataset: Source[Item],
     encode: Callable[[Item], Ready | None],
     *,
     batch_size: int,
@@ -91,7 +142,7 @@ def _loader[Item, Ready](
 
 
 def _encoded[Item, Ready](
-    dataset: ItemDataset[Item] | None, encode: Callable[[Item], Ready | None], limit: int | None
+    dataset: Source[Item] | None, encode: Callable[[Item], Ready | None], limit: int | None
 ) -> tuple[Ready, ...]:
     if dataset is None:
         return ()

@@ -23,6 +23,16 @@ type Tool = dict[str, Any]
 """Description of a tool that the assistant may call: a JSON schema as in the OpenAI chat format."""
 
 
+IMAGE = "<image>"
+"""Where in the words of a message an image belongs; the images themselves travel beside the messages."""
+
+type EncodedImage = bytes
+"""A PNG, JPEG or other image file as it is."""
+
+type TooLong = Literal["error", "skip", "filter"]
+"""What happens to what is above a limit: `error` stops, `skip` passes over it, `filter` leaves it out beforehand."""
+
+
 type StopReason = Literal["stop", "length"]
 """`stop`: a stop token or string; `length`: the token budget."""
 
@@ -37,6 +47,9 @@ class Task:
         extra: what the environment needs, e.g. `{"ground_truth": "12"}`.
         index: position in the data set, the task's identity in logs and checkpoints.
         token_ids: int64 [P], the prompt as tokens; None until a `TaskProcessor` has applied the chat template.
+        template: what surrounds the problem, with `{}` for it; None is what the run has for all tasks.
+        system_prompt: the system message; None is the run's.
+        images: for each `IMAGE` in the messages, in order, the image.
     """
 
     messages: tuple[Message, ...]
@@ -44,6 +57,9 @@ class Task:
     extra: dict[str, Any] = field(default_factory=dict)
     index: int = 0
     token_ids: Tensor | None = None
+    template: str | None = None
+    system_prompt: str | None = None
+    images: tuple[EncodedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +71,18 @@ class Chat:
         tools: the tools that the assistant could call in it.
         index: position in the data set, the record's identity in logs and checkpoints.
         desirable: whether its last answer is a good one; None where nobody judged it.
+        template: what surrounds the first words of the user, as in `Task`.
+        system_prompt: the system message, as in `Task`.
+        images: for each `IMAGE` in the messages, in order, the image.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     index: int = 0
     desirable: bool | None = None
+    template: str | None = None
+    system_prompt: str | None = None
+    images: tuple[EncodedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +96,8 @@ class ChatPair:
         tools: the tools that the assistant could call.
         margin: by how much the first is preferred, in the unit of the data set; 0 where it does not say.
         index: position in the data set.
+        template: what surrounds the first words of the user, as in `Task`.
+        system_prompt: the system message, as in `Task`.
     """
 
     prompt: tuple[Message, ...]
@@ -82,6 +106,8 @@ class ChatPair:
     tools: tuple[Tool, ...] = ()
     margin: float = 0.0
     index: int = 0
+    template: str | None = None
+    system_prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

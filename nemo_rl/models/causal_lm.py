@@ -1,43 +1,35 @@
 """`CausalLM`: a Transformers model as a trunk that runs on streams and a head that scores tokens."""
 
-import logging
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nemo_rl.data.packing import Stream
 from nemo_rl.errors import ModelError
-from nemo_rl.models.attention import AttentionPlan, TreeAttention, use_plans
-from nemo_rl.models.rows import run_rows
-from nemo_rl.objectives.logprobs import TokenHead
+from nemo_rl.models.stream_model import StreamModel, take_plans
+from nemo_rl.objectives.logprobs import LogitHead, TokenHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 
-_log = logging.getLogger(__name__)
+VALUE_HEAD = "value_head"
+"""Name of the module of a value head, which is no part of the Hugging Face model."""
 
 
 @dataclass(frozen=True, slots=True)
-class CausalLM:
+class CausalLM(StreamModel):
     """The policy. Training and a colocated sampler hold the same object, hence the very same weights.
 
     Attributes:
-        module: the whole Transformers model.
-        takes_plans: its attention is replaced by attention plans; if not, every sequence is a padded row of its own.
-        trunk: the model without its LM head.
         head: the LM head, [V, H].
         logit_scale: multiplies raw logits.
         softcap: soft cap of the logits (Gemma), or None.
+        value_head: a critic on the same trunk, [1, H], or None.
     """
 
-    module: PreTrainedModel
-    takes_plans: bool
-    trunk: nn.Module
     head: nn.Linear
     logit_scale: float
     softcap: float | None
+    value_head: nn.Linear | None = None
 
     @classmethod
     def wrap(cls, module: PreTrainedModel) -> "CausalLM":
@@ -51,13 +43,14 @@ class CausalLM:
             raise ModelError(f"{type(module).__name__} is not a causal language model with a linear LM head")
         model = cls(module, False, module.base_model, head, *_logit_rule(module.config))
         model._check_head()
-        takes_plans = use_plans(module)
-        if not takes_plans:
-            _log.warning(
-                "%s does not mix tokens by plain attention alone, so it trains on padded rows and shares no prefixes",
-                type(module).__name__,
-            )
-        return replace(model, takes_plans=takes_plans)
+        return replace(model, takes_plans=take_plans(module))
+
+    def with_value_head(self) -> "CausalLM":
+        """Put a critic on the trunk: a linear head in float32 that starts at zero, trained and saved with the model."""
+        value_head = nn.Linear(self.head.in_features, 1, bias=False, device=self.device, dtype=torch.float32)
+        nn.init.zeros_(value_head.weight)
+        self.module.add_module(VALUE_HEAD, value_head)
+        return replace(self, value_head=value_head)
 
     def _check_head(self) -> None:
         """Compare the logits of two tokens with the model's own, as some models scale or transform them on the way."""
@@ -70,32 +63,13 @@ class CausalLM:
                 f"{type(self.module).__name__} makes its logits from hidden states in a way of its own; choose another"
             )
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters, tied ones once."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
-
-    def stream_hidden(self, stream: Stream) -> Tensor:
-        """Run the trunk over a micro-batch: last hidden states [S, H]."""
-        device = self.head.weight.device
-        input_ids = stream.input_ids.to(device)
-        if not self.takes_plans:
-            return run_rows(self.trunk, input_ids, stream.tree)
-        return self.hidden(input_ids, stream.position_ids.to(device), TreeAttention(stream.tree, device))
-
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
-        """Run the trunk along a plan, which the model must take: int64 [S], int64 [S] -> last hidden states [S, H]."""
-        output = self.trunk(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attention_plan=plan
-        )
-        return cast(Tensor, output.last_hidden_state)[0]
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute whole logits, float32 [S, V], from hidden states [S, H]; for sampling."""
-        logits = F.linear(hidden.to(self.head.weight.dtype), self.head.weight, self.head.bias).float()
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        return self.logit_head()(hidden)
+
+    def logit_head(self) -> LogitHead:
+        """The head, which shares its weights."""
+        return LogitHead(self.head.weight, self.head.bias, self.logit_scale, self.softcap)
 
     def token_head(
         self, *, temperature: float, chunk_size: int, truncation: Truncation = WHOLE, with_entropy: bool = True

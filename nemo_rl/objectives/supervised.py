@@ -1,12 +1,13 @@
 """Supervised fine-tuning: the negative log-likelihood of the tokens to imitate."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.metrics import Metrics
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from nemo_rl.objectives.policy import token_means
 
 
@@ -21,6 +22,8 @@ class SupervisedObjective:
 
     Metrics: `nll` (its exponential is the perplexity) and `token_probability`, means over tokens, and `entropy`.
     """
+
+    reads: ClassVar[Reads] = "logprobs"
 
     def __call__(self, outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Return the loss of every loss token, float32 [M], and the metrics of the micro-batch."""

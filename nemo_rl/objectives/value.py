@@ -1,14 +1,17 @@
 """Values: advantages by generalised advantage estimation, the critic's loss and objective."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.errors import BackendError
 from nemo_rl.metrics import Metrics
 from nemo_rl.objectives.jagged import token_column
-from nemo_rl.objectives.policy import token_means
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
+from nemo_rl.objectives.policy import ClippedPolicyObjective, token_means
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +100,19 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ValueObjective:
-    """PPO's critic: the clipped value loss of every token.
+    """PPO's critic: `weight` times the clipped value loss of every token.
 
     Token columns read: `old_values` and `returns`.
 
     Attributes:
         clip: see `value_loss`.
+        weight: of the loss; `value_loss` in the metrics is without it.
     """
 
+    reads: ClassVar[Reads] = "values"
+
     clip: float | None = 0.2
+    weight: float = 1.0
 
     def __call__(self, outputs: ScalarOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Return the loss of every loss token, float32 [M], and the metrics of the micro-batch."""
@@ -114,4 +121,44 @@ class ValueObjective:
         means = {"value_loss": loss, "value": values}
         if self.clip is not None:
             means["value_clip_share"] = (values - old).abs() > self.clip
-        return loss, token_means(means)
+        return self.weight * loss, token_means(means)
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHeadObjective(ValueObjective):
+    """The same loss for the value head alone: the trunk that it shares with the policy does not learn."""
+
+    reads: ClassVar[Reads] = "head_values"
+
+
+@dataclass(frozen=True, slots=True)
+class ActorCriticObjective:
+    """PPO with the critic on the policy's trunk: policy loss plus weighted value loss, in one pass.
+
+    The objective of Schulman et al., "Proximal Policy Optimization Algorithms", 2017, equation 9, without its entropy
+    bonus. Token columns read: those of both parts.
+
+    Attributes:
+        policy: the policy's part.
+        value: the critic's part, with its weight.
+    """
+
+    reads: ClassVar[Reads] = "logprobs"
+
+    policy: ClippedPolicyObjective
+    value: ValueObjective
+
+    def __call__(self, outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+        """Return the loss of every loss token, float32 [M], and the metrics of the micro-batch.
+
+        Raises:
+            BackendError: the model has no value head.
+        """
+        if outputs.values is None:
+            raise BackendError(
+                "the objective reads values beside log-probabilities, and the model has no value head; train one with "
+                "the head language_and_value"
+            )
+        policy_loss, policy_metrics = self.policy(outputs, tokens)
+        critic_loss, critic_metrics = self.value(ScalarOutputs(outputs.values), tokens)
+        return policy_loss + critic_loss, policy_metrics | critic_metrics

@@ -6,9 +6,10 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TextIO
 
 import rich.console
@@ -74,6 +75,7 @@ class Console:
         self._step_seconds: deque[float] = deque(maxlen=10)
         self._figures: list[str] = []
         self._phases: list[tuple[str, float]] = []
+        self._work: tuple[str, int, int] | None = None
         self._live = Live(console=self._rich, get_renderable=self._view, refresh_per_second=4)
 
     def __enter__(self) -> "Console":
@@ -108,6 +110,15 @@ class Console:
         finally:
             del self._phases[-1:]
 
+    def track[Item](self, items: Iterable[Item], name: str, total: int) -> Iterator[Item]:
+        """Go through `total` items; on a terminal a bar of its own shows how many there were."""
+        try:
+            for done, item in enumerate(items):
+                self._work = (name, done, total)
+                yield item
+        finally:
+            self._work = None
+
     def begin_steps(self) -> None:
         """Start the clock of the steps, so that what came before them does not count in the time left."""
         self._step_ended = self._clock()
@@ -140,11 +151,14 @@ class Console:
         accuracy_base_best_prompt: float | None = None,
         reward_before: float | None = None,
         reward_after: float | None = None,
+        validation_before: Mapping[str, float] = MappingProxyType({}),
+        validation_after: Mapping[str, float] = MappingProxyType({}),
         rows: Mapping[str, str],
     ) -> None:
         """Take the bar away and print the outcome: accuracies, then `rows` (label to path, command or remark).
 
-        The rewards have a row where they say something else than the accuracies.
+        The rewards have a row where they say something else than the accuracies, and so has each figure of the
+        validation.
 
         A row is never cut or folded, so that a path or a command can be copied whole.
         """
@@ -156,11 +170,13 @@ class Console:
             outcome["reward"] = self._change(reward_before, reward_after)
         if accuracy_base_best_prompt is not None:
             outcome["base, best prompt"] = f"{accuracy_base_best_prompt:.3f}"
+        for name, after in validation_after.items():
+            outcome[f"validation {name}"] = self._change(validation_before.get(name), after)
         outcome |= rows
         width = max(map(len, outcome))
         self._rich.print()
         for label, text in outcome.items():
-            style = "bold green" if label == "accuracy" else ""
+            style = "bold green" if label == "accuracy" or label.startswith("validation ") else ""
             line = Text.assemble((label.ljust(width + 2), "dim"), (_printable(text), style))
             self._rich.print(line, soft_wrap=True)
 
@@ -203,6 +219,9 @@ class Console:
             ProgressBar(total=self._total_steps, completed=self._step, complete_style="cyan"),
             Text(self._time_left(), "dim"),
         )
+        if self._work is not None:
+            name, done, total = self._work
+            bar.add_row(name, ProgressBar(total=total, completed=done, complete_style="cyan"), f"{done:,}/{total:,}")
         bar.width = width
         figures = Text("   ".join(self._figures))
         for name, since in self._phases[-1:]:

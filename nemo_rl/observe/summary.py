@@ -102,6 +102,8 @@ class Summary:
         accuracy_after: the same after the last step.
         reward_before: mean reward of the same answers before the first step; None when not measured.
         reward_after: the same after the last step.
+        validation_before: loss and accuracy of the validation before the first step, as far as they were measured.
+        validation_after: the same after the last step.
         accuracy_base_best_prompt: of the untrained model with the best of the candidate prompts.
         steps: steps of the loop done.
         seconds_total: wall seconds of the run, loading included.
@@ -123,6 +125,8 @@ class Summary:
     tokens_per_second: float
     peak_memory_bytes: int
     seed: int
+    validation_before: Mapping[str, float] = field(default_factory=dict)
+    validation_after: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, float | str] = field(default_factory=dict)
 
 

@@ -7,9 +7,10 @@ is cut into micro-batches changes nothing but the memory it takes.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.packing import Stream, build_stream, micro_batches
@@ -17,35 +18,42 @@ from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Metrics, Sum, merge
 from nemo_rl.models.causal_lm import CausalLM
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.models.scalar_model import ScalarModel, scalar_values
+from nemo_rl.objectives.distillation import DistributionOutputs
+from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenOutputs, select_hidden
 from nemo_rl.objectives.truncation import WHOLE, Truncation
+from nemo_rl.objectives.value import ScalarOutputs
+
+type Outputs = TokenOutputs | DistributionOutputs | ScalarOutputs
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """How a batch becomes log-probabilities.
+    """How a batch becomes what an objective reads.
 
     Attributes:
-        model: the policy.
+        model: the policy, a reward model or a critic.
         temperature: of the sampler; the logits are divided by it.
         chunk_size: tokens whose logits exist at a time.
         share_prefixes: compute a shared prefix once, if the model takes attention plans.
         min_shared: shortest prefix worth sharing, in tokens.
         autocast: dtype to compute in when the weights are float32, or None.
         truncation: of the sampler.
+        teachers: heads that the model is compared with.
     """
 
-    model: CausalLM
+    model: CausalLM | ScalarModel
     temperature: float = 1.0
     chunk_size: int = 256
     share_prefixes: bool = True
     min_shared: int = 8
     autocast: torch.dtype | None = None
     truncation: Truncation = WHOLE
+    teachers: tuple[LogitHead, ...] = ()
 
     @property
     def device(self) -> torch.device:
-        return self.model.head.weight.device
+        return self.model.device
 
     @property
     def _shares(self) -> bool:
@@ -55,24 +63,63 @@ class Scorer:
         """Micro-batches of at most `max_tokens` computed tokens; sequences without loss are in none."""
         return micro_batches(batch, max_tokens=max_tokens, share_prefixes=self._shares, min_shared=self.min_shared)
 
-    def score(self, batch: TokenBatch, *, with_entropy: bool = True) -> tuple[TokenOutputs, Stream]:
-        """Run the model over one micro-batch: outputs for its M loss tokens, and the stream that produced them."""
+    def score(
+        self, batch: TokenBatch, reads: Reads = "logprobs", *, with_entropy: bool = True
+    ) -> tuple[Outputs, Stream]:
+        """Run the model over one micro-batch: outputs for its M loss tokens, and the stream that produced them.
+
+        Raises:
+            BackendError: the model has no head for what is read.
+        """
         stream = build_stream(batch, share_prefixes=self._shares, min_shared=self.min_shared)
-        device = self.device
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            hidden = self.model.stream_hidden(stream)
-            head = self.model.token_head(
-                temperature=self.temperature,
-                chunk_size=self.chunk_size,
-                truncation=self.truncation,
-                with_entropy=with_entropy,
-            )
-            # equal answers ask for the same predictions: each goes through the head once
-            pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
-            predictor, target = pairs.to(device)
-            logprobs, entropy = head(hidden, self.model.head.weight, predictor, target, bias=self.model.head.bias)
-            place = place.to(device)
-        return TokenOutputs(policy_logprobs=logprobs[place], entropy=entropy[place]), stream
+        trunk_learns = torch.is_grad_enabled() and reads != "head_values"
+        with self._arithmetic():
+            with torch.set_grad_enabled(trunk_learns):
+                hidden = self.model.stream_hidden(stream)
+            match reads, self.model:
+                case "logprobs", CausalLM() as model:
+                    return self._token_outputs(model, hidden, stream, with_entropy), stream
+                case "distribution", CausalLM() as model:
+                    rows = self._rows(hidden, stream)
+                    return DistributionOutputs(rows, self._logits(model), self.teachers), stream
+                case "values" | "head_values", ScalarModel(score=head) | CausalLM(value_head=nn.Linear() as head):
+                    return ScalarOutputs(scalar_values(head, self._rows(hidden, stream))), stream
+                case _:
+                    raise BackendError(
+                        f"the objective reads {reads}, for which {type(self.model.module).__name__} has no head; train "
+                        "a model of the right kind"
+                    )
+
+    def _token_outputs(self, model: CausalLM, hidden: Tensor, stream: Stream, with_entropy: bool) -> TokenOutputs:
+        head = model.token_head(
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+            truncation=self.truncation,
+            with_entropy=with_entropy,
+        )
+        # equal answers ask for the same predictions: each goes through the head once
+        pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
+        predictor, target = pairs.to(self.device)
+        logprobs, entropy = head(hidden, model.head.weight, predictor, target, bias=model.head.bias)
+        place = place.to(self.device)
+        critic = model.value_head if with_entropy else None
+        values = None if critic is None else scalar_values(critic, self._rows(hidden, stream))
+        return TokenOutputs(logprobs[place], entropy[place], values)
+
+    def _rows(self, hidden: Tensor, stream: Stream) -> Tensor:
+        return select_hidden(hidden, stream.predictor.to(self.device))
+
+    def _logits(self, model: CausalLM) -> Callable[[Tensor], Tensor]:
+        """The LM head as an objective calls it, outside of `score`."""
+
+        def logits(rows: Tensor) -> Tensor:
+            with self._arithmetic():
+                return model.logits(rows)
+
+        return logits
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
 
 def train_step(
@@ -116,7 +163,7 @@ def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, ma
 
 def _loss(scorer: Scorer, micro_batch: TokenBatch, objective: Objective) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch, a part of that of the batch, and its metrics."""
-    outputs, stream = scorer.score(micro_batch)
+    outputs, stream = scorer.score(micro_batch, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
     token_loss, metrics = objective(outputs, tokens)
     loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
@@ -133,12 +180,28 @@ def _largest(parts: list[Metrics]) -> Max:
     return Max(max(part["tokens_computed"].value for part in parts))
 
 
-def score_tokens(scorer: Scorer, batch: TokenBatch, *, max_tokens: int) -> Tensor:
-    """Log-probabilities float32 [N] of the tokens that carry loss, 0 elsewhere; no gradient."""
-    logprobs = torch.zeros(batch.num_tokens)
+def score_tokens(
+    scorer: Scorer, batch: TokenBatch, *, max_tokens: int, reads: Literal["logprobs", "values"] = "logprobs"
+) -> Tensor:
+    """Log-probabilities or values, float32 [N], of the tokens that carry loss, 0 elsewhere; no gradient."""
+    scores = torch.zeros(batch.num_tokens)
+    for outputs, where in read_tokens(scorer, batch, reads, max_tokens=max_tokens):
+        assert not isinstance(outputs, DistributionOutputs)  # not what was asked for
+        found = outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs
+        scores[where] = found.cpu()
+    return scores
+
+
+def read_tokens(
+    scorer: Scorer, batch: TokenBatch, reads: Reads, *, max_tokens: int
+) -> Iterator[tuple[Outputs, Tensor]]:
+    """Run the model over a batch without gradient.
+
+    Yields:
+        Of each micro-batch the outputs for its M loss tokens, and int64 [M] where these stand in the batch.
+    """
     numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
-    with torch.no_grad():
-        for micro_batch in scorer.cut(numbered, max_tokens):
-            outputs, stream = scorer.score(micro_batch, with_entropy=False)
-            logprobs[micro_batch.token_columns["position"][stream.token_index]] = outputs.policy_logprobs.cpu()
-    return logprobs
+    for micro_batch in scorer.cut(numbered, max_tokens):
+        with torch.no_grad():  # not around the yield, where it would hold for the caller too
+            outputs, stream = scorer.score(micro_batch, reads, with_entropy=False)
+        yield outputs, micro_batch.token_columns["position"][stream.token_index]

@@ -12,6 +12,8 @@ from nemo_rl.generation.hf import HFGenerator
 from nemo_rl.metrics import Metrics
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, load_tokenizer, quiet_libraries
+from nemo_rl.models.precision import precision_of
+from nemo_rl.training.pytorch.backend import choose_device
 
 
 class GenerationWorker:
@@ -24,7 +26,7 @@ class GenerationWorker:
         tokenizer: str,
         max_model_len: int,
         max_batch_size: int,
-        precision: Literal["float32", "bfloat16"],
+        precision: Literal["auto", "float32", "bfloat16"],
         device: Literal["auto", "cpu", "cuda"] = "auto",
         num_threads: int | None = None,
     ) -> None:
@@ -35,7 +37,7 @@ class GenerationWorker:
             tokenizer: folder or hub name, for stop strings.
             max_model_len: longest sequence in tokens; an answer is cut off where its prompt leaves no more room.
             max_batch_size: answers sampled side by side.
-            precision: number format of the weights and of the arithmetic.
+            precision: number format of the weights and of the arithmetic; see `precision_of`.
             device: where the model is put; `auto` is the GPU when there is one.
             num_threads: CPU threads; None is PyTorch's own choice.
 
@@ -46,9 +48,8 @@ class GenerationWorker:
         quiet_libraries()
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        module, _ = load_causal_lm(source, dtype=dtype, device=place)
+        place = choose_device(device)
+        module, _ = load_causal_lm(source, dtype=precision_of(precision, place).weights, device=place)
         words = load_tokenizer(tokenizer)
         self._max_model_len = max_model_len
         self._generator = HFGenerator(

@@ -1,4 +1,4 @@
-"""The policy as a loop sees it: a `TrainingBackend` and a `GenerationBackend` wherever their worker lives."""
+"""Models as a loop sees them: `TrainingBackend` and `GenerationBackend`, wherever their workers live."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Completion, GenerationRequest
 from nemo_rl.interfaces import Objective, WorkerHandle
 from nemo_rl.metrics import Metrics
+from nemo_rl.objectives.logprobs import LogitHead
 
 
-class Policy:
-    """Trains; every call waits for the worker."""
+class Learner:
+    """A model that is trained, such as a critic; every call waits for its worker."""
 
     def __init__(self, worker: WorkerHandle) -> None:
         self._worker = worker
-        self._logprobs = "logprobs"
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step on the whole batch."""
@@ -28,22 +28,9 @@ class Policy:
         """The loss of a batch and its metrics; no weight changes."""
         return self._worker.call("evaluate", batch, objective).result()
 
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """float32 [N], of the loss tokens under the current weights (within `reference`, under the frozen ones)."""
-        return self._worker.call(self._logprobs, batch).result()
-
-    @contextmanager
-    def reference(self) -> Generator[None]:
-        """Within it, `logprobs` are those of the weights the run started from."""
-        self._logprobs = "reference_logprobs"
-        try:
-            yield
-        finally:
-            self._logprobs = "logprobs"
-
-    def publish(self, version: int) -> None:
-        """Let the sampler answer with the current weights, as this version."""
-        self._worker.call("publish", version).result()
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N], the value before each loss token."""
+        return self._worker.call("values", batch).result()
 
     def save(self, folder: Path) -> None:
         """Write the training state."""
@@ -64,6 +51,35 @@ class Policy:
     def describe(self) -> Mapping[str, Any]:
         """What the worker holds."""
         return self._worker.call("describe").result()
+
+
+class Policy(Learner):
+    """The policy: its tokens have probabilities, and a sampler answers with its weights."""
+
+    def __init__(self, worker: WorkerHandle) -> None:
+        super().__init__(worker)
+        self._logprobs = "logprobs"
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """float32 [N], of the loss tokens under the current weights (within `reference`, under the frozen ones)."""
+        return self._worker.call(self._logprobs, batch).result()
+
+    @contextmanager
+    def reference(self) -> Generator[None]:
+        """Within it, `logprobs` are those of the weights the run started from."""
+        self._logprobs = "reference_logprobs"
+        try:
+            yield
+        finally:
+            self._logprobs = "logprobs"
+
+    def publish(self, version: int) -> None:
+        """Let the sampler answer with the current weights, as this version."""
+        self._worker.call("publish", version).result()
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Let objectives compare with teachers of whose hidden states these heads make logits; they travel once."""
+        self._worker.call("hold_teachers", heads).result()
 
 
 class ColocatedGenerator:

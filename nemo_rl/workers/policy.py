@@ -1,20 +1,25 @@
 """`PolicyWorker`: what runs where the policy lives, training and sampling on the very same weights."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.data.types import Completion, GenerationRequest
 from nemo_rl.errors import ConfigError
 from nemo_rl.generation.hf import HFGenerator
 from nemo_rl.metrics import Metrics
+from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.workers.train import TrainWorker
+
+type PolicyHead = Literal["language", "language_and_value"]
 
 
 class PolicyWorker(TrainWorker):
     """A training backend and a colocated sampler; a plain class that an executor starts in some process."""
 
-    def __init__(self, config: PolicyConfig, source: str, *, with_reference: bool = False) -> None:
+    def __init__(
+        self, config: PolicyConfig, source: str, *, head: PolicyHead = "language", with_reference: bool = False
+    ) -> None:
         """Load the model of the `policy` section from `source` (a folder or a hub name).
 
         Raises:
@@ -24,13 +29,14 @@ class PolicyWorker(TrainWorker):
             raise ConfigError(
                 f"policy.generation.backend={config.generation.backend} cannot run here yet; use backend=hf"
             )
-        super().__init__(config, source, with_reference=with_reference)
-        tokenizer = self._tokenizer
+        super().__init__(config, source, head=head, with_reference=with_reference)
+        tokenizer, model = self._tokenizer, self._backend.model
+        assert isinstance(model, CausalLM)
         self._generator = HFGenerator(
-            self._backend.model,
+            model,
             decode=lambda token_ids: cast(str, tokenizer.decode(list(token_ids))),
             max_batch_size=config.generation.max_batch_size,
-            autocast=self._backend.autocast,
+            autocast=self._backend.precision.autocast,
         )
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:

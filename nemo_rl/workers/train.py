@@ -1,6 +1,6 @@
 """`TrainWorker`: what runs where a policy lives that is trained and never sampled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,22 @@ from nemo_rl.distributed.memory import peak_memory_bytes
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics
 from nemo_rl.models.load import load_tokenizer, quiet_libraries
-from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.objectives.logprobs import LogitHead
+from nemo_rl.training.pytorch.backend import Head, PyTorchBackend
 
 
 class TrainWorker:
     """A training backend; a plain class that an executor starts in some process."""
 
-    def __init__(self, config: TrainedPolicyConfig, source: str, *, with_reference: bool = False) -> None:
-        """Load the model of the `policy` section from `source` (a folder or a hub name)."""
+    def __init__(
+        self, config: TrainedPolicyConfig, source: str, *, head: Head = "language", with_reference: bool = False
+    ) -> None:
+        """Load the model of the `policy` section, with that head, from `source` (a folder or a hub name)."""
         quiet_libraries()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._tokenizer = load_tokenizer(config.tokenizer.name or source, config.tokenizer.chat_template)
-        self._backend = PyTorchBackend(config, source, self._tokenizer, with_reference=with_reference)
+        self._backend = PyTorchBackend(config, source, self._tokenizer, head=head, with_reference=with_reference)
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step."""
@@ -39,10 +42,18 @@ class TrainWorker:
         """float32 [N], under the current weights."""
         return self._backend.logprobs(batch)
 
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N], the value before each loss token."""
+        return self._backend.values(batch)
+
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N], under the weights the run started from."""
         with self._backend.reference():
             return self._backend.logprobs(batch)
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Keep the heads of teachers."""
+        self._backend.hold_teachers(heads)
 
     def save(self, folder: Path) -> None:
         """Write the training state."""

@@ -32,6 +32,9 @@ class Notebook:
     def load(self, folder: Path) -> None:
         self.text = (folder / "text").read_text()
 
+    def describe(self) -> dict[str, int]:
+        return {"optimizer_steps": 0}
+
     def state_dict(self) -> dict[str, str]:
         return {"text": self.text}
 
@@ -136,8 +139,9 @@ def test_a_finished_run_started_again_says_so_before_it_loads_anything(
     outcome = launch(overrides(tmp_path / "no model", reward_file(finished.parent), finished))
     assert outcome.finished and outcome.step == 3
     assert capsys.readouterr().out.splitlines() == [
-        f"{finished} holds this run, finished after step 3: raise grpo.max_num_steps (or max_num_epochs) to go on, or "
-        "choose another checkpointing.checkpoint_dir to start afresh"
+        f"{finished} holds this run, finished after step 3: max_num_steps = 3 is reached; raise grpo.max_num_steps "
+        "(or max_num_epochs, or early_stopping.patience) to go on, or choose another checkpointing.checkpoint_dir to "
+        "start afresh"
     ]
     assert snapshot(finished) == before
 

@@ -17,7 +17,7 @@ from nemo_rl.config.schema.evaluation import EvalConfig
 from nemo_rl.errors import NemoRLError
 from tiny_run import make_tiny_llama
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "configs" / "eval.yaml"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "configs" / "evals" / "eval.yaml"
 COIN = """
 def reward(completion: str, ground_truth: str) -> float:
     return sum(map(ord, completion)) % 2

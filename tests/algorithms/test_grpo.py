@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import RolloutError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from tiny_run import (  # pyright: ignore[reportImplicitRelativeImport]
     VOWELS,
     launch,
@@ -201,6 +202,8 @@ def test_a_judge_that_fails_for_good_stops_the_run_and_leaves_its_checkpoint(tin
 
 class Negated:
     """An objective with the sign of its loss turned round."""
+
+    reads: ClassVar[Reads] = "logprobs"
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective

@@ -1,45 +1,28 @@
-"""SFT and preference training on a tiny model: known first losses, convergence, resuming, and what is refused."""
+"""SFT and preference training on a tiny model: known first losses, limits, resuming, and what is refused."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import nemo_rl.algorithms.launch_examples as launching
-import nemo_rl.algorithms.sft as sft
 from nemo_rl.algorithms.launch_examples import launch_preference, launch_sft
 from nemo_rl.algorithms.preference import preference_objective
 from nemo_rl.config.load import load_config
 from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.sft import SFTConfig
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.examples import ChatEncoder
 from nemo_rl.data.packing import micro_batches
-from nemo_rl.data.types import Example, Preference
+from nemo_rl.data.types import ChatPair, Example, Message, Preference
 from nemo_rl.errors import ConfigError, DataError
-from nemo_rl.interfaces import Objective
-from nemo_rl.objectives.preference import PreferenceObjective, pair_indices
-from nemo_rl.objectives.supervised import SupervisedObjective
+from nemo_rl.models.load import load_tokenizer
+from nemo_rl.objectives.preference import pair_indices
 from tiny_run import records, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
 
-
-class Negated:
-    """The same metrics with the loss the wrong way round."""
-
-    def __init__(self, objective: Objective) -> None:
-        self._objective = objective
-
-    def __call__(self, *given: Any) -> Any:
-        loss, metrics = self._objective(*given)
-        return -loss, metrics
-
-
-class NegatedPreference(PreferenceObjective):
-    def __call__(self, *given: Any) -> Any:
-        loss, metrics = super().__call__(*given)
-        return -loss, metrics
+CONVERSATION = (("user", "0?"), ("assistant", "yes"), ("assistant", "no"))
+"""A pair as long as each of those that `prefer` trains on."""
 
 
 def settings(model: Path, folder: Path, *more: str) -> list[str]:
@@ -79,15 +62,10 @@ def prefer(model: Path, folder: Path, steps: int, *more: str) -> list[dict[str, 
     return records(folder)
 
 
-def test_sft_learns_and_the_wrong_sign_does_not(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learnt = fine_tune(tiny_llama, tmp_path / "right", 12)
-    assert learnt[0]["val/loss"] == pytest.approx(math.log(49152), rel=0.01)  # random: all tokens alike
-    monkeypatch.setattr(sft, "SupervisedObjective", lambda: Negated(SupervisedObjective()))
-    wrong = fine_tune(tiny_llama, tmp_path / "wrong", 12, "sft.val_at_end=false")
-    threshold = 0.85 * math.log(49152)
-    assert float(learnt[-1]["val/loss"] or 0) < threshold < float(wrong[-1]["train/nll"] or 0)
+def test_sft_starts_where_all_tokens_are_alike_to_a_random_model(tiny_llama: Path, tmp_path: Path) -> None:
+    first, *_, last = fine_tune(tiny_llama, tmp_path / "run", 1)
+    assert first["val/loss"] == pytest.approx(math.log(49152), rel=0.01)
+    assert float(last["val/loss"] or 0) < float(first["val/loss"] or 0)
 
 
 def test_sft_resumes_to_the_same_bits(tiny_llama: Path, tmp_path: Path) -> None:
@@ -100,15 +78,63 @@ def test_sft_resumes_to_the_same_bits(tiny_llama: Path, tmp_path: Path) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-def test_dpo_starts_at_ln_2_and_learns_and_the_wrong_sign_does_not(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_sft_ends_with_its_epochs(tiny_llama: Path, tmp_path: Path) -> None:
+    """Batches of 4 of 6 conversations: the first epoch ends within the second batch, the second with the third."""
+    for epochs, last_step in ((1, 2), (2, 3)):
+        given = settings(tiny_llama, tmp_path / str(epochs), f"sft.max_num_epochs={epochs}", "data.train.num_samples=6")
+        outcome = launch_sft(load_config(None, [*given, "sft.val_at_start=false"], SFTConfig))
+        assert outcome.finished and outcome.step == last_step
+
+
+def test_early_stopping_survives_a_resume_and_says_so(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    learnt = prefer(tiny_llama, tmp_path / "right", 6)
-    assert learnt[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
-    monkeypatch.setattr(launching, "preference_objective", lambda config: NegatedPreference())
-    wrong = prefer(tiny_llama, tmp_path / "wrong", 6)
-    assert float(learnt[-1]["train/preference_loss"] or 0) < 0.65 < float(wrong[-1]["train/preference_loss"] or 0)
-    assert (learnt[-1]["train/accuracy"], wrong[-1]["train/accuracy"]) == (1, 0)
+    """Without a learning rate no validation beats the one before the first step."""
+    rule = ("sft.early_stopping.patience=3", "sft.val_period=1", "sft.val_at_start=true")
+    still = ("policy.optimizer={name: torch.optim.SGD, kwargs: {lr: 0.0}}", *rule)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fine_tune(tiny_llama, parts, 2, *still)
+    for folder in (whole, parts):
+        given = settings(tiny_llama, folder, "sft.max_num_steps=9", *still)
+        outcome = launch_sft(load_config(None, given, SFTConfig))
+        assert outcome.finished and outcome.step == 3
+    assert records(parts) == records(whole)
+    summary = json.loads((parts / "summary.json").read_text())
+    loss = f"{summary['validation_before']['loss']:.4g}"
+    assert summary["ended"] == f"val:loss has not improved on {loss} in 3 validations"
+    assert summary["validation_before"] == summary["validation_after"] == outcome.validation_after
+    printed = capsys.readouterr().out.splitlines()
+    assert f"ended            {summary['ended']}" in printed
+    assert printed[-1].endswith("sft.early_stopping.patience=6")
+    again = settings(tiny_llama, parts, "sft.max_num_steps=9", *still)
+    assert launch_sft(load_config(None, again, SFTConfig)) == outcome
+    assert "in 3 validations; raise sft.max_num_steps" in capsys.readouterr().out
+    more = [*again, "sft.early_stopping.patience=6", "sft.max_num_steps=5"]
+    assert launch_sft(load_config(None, more, SFTConfig)).step == 5
+
+
+def test_dpo_starts_at_ln_2(tiny_llama: Path, tmp_path: Path) -> None:
+    """The policy is its own reference then, and every pair a tie."""
+    first, *_, last = prefer(tiny_llama, tmp_path / "run", 2)
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["train/accuracy"] == 0.5 and float(last["train/loss"] or 1) < math.log(2) - 1e-3
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_answers_of_a_pair_share_their_prompt(tiny_llama: Path, tmp_path: Path, share: bool) -> None:
+    """One pair a step; the last token of an answer predicts nothing and is not computed."""
+    one = ("policy.train_global_batch_size=1", f"policy.share_prefixes={str(share).lower()}")
+    step = prefer(tiny_llama, tmp_path / "run", 1, *one)[0]
+    encode = ChatEncoder(load_tokenizer(str(tiny_llama)))
+    prompt, yes, no = (Message(role=role, content=text) for role, text in CONVERSATION)
+    pair = encode.preference(ChatPair((prompt,), (yes,), (no,)))
+    assert pair is not None
+    prompt_length = int(pair.chosen.loss_mask.int().argmax())
+    inputs = [int(example.loss_mask.nonzero()[-1]) for example in (pair.chosen, pair.rejected)]
+    assert prompt_length > 20 and torch.equal(
+        pair.chosen.token_ids[:prompt_length], pair.rejected.token_ids[:prompt_length]
+    )
+    assert step["train/tokens_computed"] == sum(inputs) - (prompt_length if share else 0)
 
 
 def test_a_pair_is_never_split_while_it_fits() -> None:
@@ -138,6 +164,8 @@ def test_a_pair_is_never_split_while_it_fits() -> None:
         ("dpo.preference_loss_weight=0", "are both 0, so nothing is learnt"),
         ("dpo.label_smoothing=0.5", "less than 0.5"),
         ("dpo.preference_loss=dop", "did you mean 'dpo'"),
+        ("dpo.early_stopping.patience=2", "val_period = 0 makes none"),
+        ("dpo.early_stopping.metric_name=train:loss", "early_stopping.metric_name"),
         ("policy.generation={backend: hf}", "unknown key policy.generation"),
     ],
 )
@@ -170,15 +198,15 @@ def test_a_loss_setting_arrives_in_the_objective(setting: str, field: str, value
     assert getattr(objective, field) == value
 
 
-def test_kto_starts_at_a_half_and_learns_from_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
+def test_kto_starts_at_a_half(tiny_llama: Path, tmp_path: Path) -> None:
     """With the policy at the reference every ratio and the reference point are 0, and 1 - sigmoid(0) is a half."""
     rows = [{"prompt": f"{i}?", "completion": "no" if i % 2 else "yes", "label": i % 2 == 0} for i in range(8)]
     (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = f"data.train={{name: local, path: '{tmp_path / 'judged.jsonl'}', format: {{type: judged}}}}"
     off = ("data.validation=null", "dpo.val_at_start=false", "dpo.val_at_end=false")
-    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.max_num_steps=8", data, *off)
+    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.max_num_steps=2", data, *off)
     given.remove("data.validation.num_samples=8")
     launch_preference(load_config(None, given, DPOConfig))
     steps = records(tmp_path / "run")
     assert steps[0]["train/loss"] == pytest.approx(0.5, abs=1e-5)
-    assert float(steps[-1]["train/loss"] or 0) < 0.49
+    assert float(steps[-1]["train/loss"] or 1) < 0.499

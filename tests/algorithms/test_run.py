@@ -1,6 +1,7 @@
 """When a run ends, and that what it did last is always saved."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.data.datasets.arithmetic import ArithmeticDataset
 from nemo_rl.data.loader import TaskLoader
 from nemo_rl.data.types import Message, Rollout, RolloutGroup, Task
-from nemo_rl.errors import BackendError, CheckpointError, RolloutError
+from nemo_rl.errors import BackendError, CheckpointError, ConfigError, RolloutError
 from nemo_rl.metrics import Mean, Metrics, Sum
 from nemo_rl.observe.console import Console
 from nemo_rl.observe.logger import RunLogger
@@ -98,7 +99,7 @@ def interrupt() -> None:
 def test_ctrl_c_after_a_step_that_was_not_saved_does_one_more_and_saves_it(tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGINT)
     run = drive(tmp_path, after_keep=lambda step: interrupt() if step == 2 else None)
-    assert run.interrupted and not run.finished
+    assert run.interrupted and not run.finished and run.why_ended == "it was interrupted"
     assert (run.step, run.checkpoints.steps()) == (3, [3])
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -115,6 +116,48 @@ def test_ctrl_c_during_a_validation_saves_the_step_it_belongs_to(tmp_path: Path)
 def test_a_run_ends_with_its_epochs_and_is_saved(tmp_path: Path) -> None:
     run = drive(tmp_path, "grpo.max_num_epochs=2")
     assert run.finished and (run.step, run.checkpoints.steps()) == (8, [8])
+    assert run.why_ended == "max_num_epochs = 2 is reached"
+
+
+def validations(*accuracies: float) -> Callable[[], tuple[Metrics, list[RolloutGroup]]]:
+    """One validation after the other."""
+    left = iter(accuracies)
+    return lambda: ({"accuracy": Mean(next(left)), "loss": Mean(7.0)}, [GROUP])
+
+
+@pytest.mark.parametrize(
+    ("settings", "last_step", "why"),
+    [
+        (["patience=2"], 5, "val:accuracy has not improved on 0.55 in 2 validations"),
+        (["patience=1"], 4, "val:accuracy has not improved on 0.55 in 1 validations"),
+        (["patience=2", "min_delta=0.1"], 4, "val:accuracy has not improved on 0.5 in 2 validations"),
+        (["patience=3", "higher_is_better=false"], 4, "val:accuracy has not improved on 0.1 in 3 validations"),
+        (["patience=2", "metric_name=val:loss"], 3, "val:loss has not improved on 7 in 2 validations"),
+        (["patience=4"], 8, "max_num_steps = 8 is reached"),
+        (["min_delta=0.1"], 8, "max_num_steps = 8 is reached"),
+    ],
+)
+def test_a_run_ends_when_its_validations_get_no_better(
+    tmp_path: Path, settings: list[str], last_step: int, why: str
+) -> None:
+    given = [f"grpo.early_stopping.{setting}" for setting in settings]
+    accuracies = validations(0.1, 0.5, 0.55, 0.55, 0.2, 0.3, 0.9, 0.9)
+    run = drive(tmp_path, "grpo.val_period=1", "grpo.max_num_steps=8", *given, validate=accuracies)
+    assert run.finished and (run.step, run.why_ended) == (last_step, why)
+    assert run.checkpoints.steps() == [last_step]
+
+
+def test_a_validation_that_is_no_number_is_no_improvement(tmp_path: Path) -> None:
+    given = ("grpo.val_period=1", "grpo.early_stopping.patience=2")
+    first, later = math.nan, (0.5, math.nan, math.nan)
+    run = drive(tmp_path, *given, validate=validations(first, *later))
+    assert run.step == 4 and run.why_ended.startswith("val:accuracy has not improved on 0.5")
+
+
+def test_only_a_figure_that_is_measured_can_end_a_run(tmp_path: Path) -> None:
+    given = ("grpo.val_period=1", "grpo.early_stopping.patience=2", "grpo.early_stopping.metric_name=val:acuracy")
+    with pytest.raises(ConfigError, match=r"val:acuracy and the validation has no acuracy; did you mean val:accuracy"):
+        drive(tmp_path, *given)
 
 
 def test_a_checkpoint_holds_the_figures_of_its_own_step_only(tmp_path: Path) -> None:

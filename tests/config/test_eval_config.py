@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.config.eval_plan import render_eval_plan
-from nemo_rl.config.load import load_config
+from nemo_rl.config.load import dump_config, load_config
 from nemo_rl.config.migrate import migrate
 from nemo_rl.config.schema.evaluation import BENCHMARK_NAMES, EvalConfig
 from nemo_rl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "configs" / "eval.yaml"
+EXAMPLE = ROOT / "examples" / "configs" / "evals" / "eval.yaml"
 NEMO = Path(__file__).parent / "nemo" / "eval.yaml"
 
 
@@ -26,6 +26,16 @@ def error_of(*overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLE.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_loads_and_plans(path: Path, tmp_path: Path) -> None:
+    config = load(path=path)
+    assert (config.generation.backend, config.eval.metric) == ("hf", "pass@k")
+    assert f"{config.data.dataset_name}, judged by {config.judge}" in render_eval_plan(config)
+    dump = tmp_path / "dump.yaml"
+    dump.write_text(dump_config(config))
+    assert load(path=dump) == config
+
+
 def test_a_command_of_nemo_rl_is_understood_word_for_word() -> None:
     config = load(
         "generation.model_name=some/folder",
@@ -35,6 +45,7 @@ def test_a_command_of_nemo_rl_is_understood_word_for_word() -> None:
         "data.dataset_name=math500",
         "eval.num_tests_per_prompt=16",
         "cluster.gpus_per_node=0",
+        path=EXAMPLE.with_name("math_eval.yaml"),
     )
     assert (config.generation.backend, config.generation.vllm_cfg.max_model_len) == ("hf", 32768)
     assert (config.eval.num_tests_per_prompt, config.cluster.gpus_per_node) == (16, 0)

@@ -2,17 +2,19 @@
 
 import pytest
 
-from nemo_rl.config.explain import explain
+from nemo_rl.config.explain import explain, explain_any
 from nemo_rl.config.fields import find, walk
 from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.registry import COMMANDS
 from nemo_rl.errors import ConfigError
 
 
 def test_every_setting_has_a_documentation_and_an_explanation() -> None:
-    for path in walk(GRPOConfig):
-        key = ".".join(path)
-        assert all(setting.info.description for setting in find(GRPOConfig, path)), key
-        assert explain(key, GRPOConfig).startswith(f"{key}: "), key
+    for root in COMMANDS.values():
+        for path in walk(root):
+            key = ".".join(path)
+            assert all(setting.info.description for setting in find(root, path)), key
+            assert explain(key, root).startswith(f"{key}: "), key
 
 
 def test_a_setting_shows_type_default_and_documentation() -> None:
@@ -49,3 +51,35 @@ def test_an_unknown_setting_names_the_nearest() -> None:
         ConfigError, match=r"no setting policy.temperature: did you mean policy.generation.temperature\?"
     ):
         explain("policy.temperature", GRPOConfig)
+
+
+def test_a_setting_is_found_in_whichever_command_has_it() -> None:
+    assert explain_any("dpo.label_smoothing", COMMANDS) == explain("dpo.label_smoothing", COMMANDS["dpo"])
+    assert explain_any("eval.k_value", COMMANDS).startswith("eval.k_value: integer >= 1, default 1\n")
+    assert explain_any("cluster.executor", COMMANDS).count("cluster.executor") == 1
+
+
+def test_a_set_is_shown_as_a_list() -> None:
+    first_line = explain("data.roles", COMMANDS["sft"]).splitlines()[0]
+    assert first_line == 'data.roles: [system | user | assistant | tool, ...], default ["assistant"]'
+
+
+def test_what_commands_say_differently_is_said_for_each() -> None:
+    text = explain_any("checkpointing.higher_is_better", COMMANDS)
+    sampled, given = text.split("\n\n")
+    assert sampled.startswith("grpo, ") and "checkpointing.higher_is_better: true | false, default true" in sampled
+    assert "sft, dpo" in given.splitlines()[0] and "true | false, default false" in given
+
+
+def test_the_overview_says_which_commands_have_a_section() -> None:
+    lines = explain_any("", COMMANDS).splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("dpo: section"))
+    assert "    (dpo)" in lines[place : place + 4]
+    assert sum(line.startswith("cluster: section") for line in lines) <= 2
+
+
+def test_an_unknown_setting_of_one_command_names_its_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no setting dpo\.label_smothing: did you mean dpo\.label_smoothing\?"):
+        explain_any("dpo.label_smothing", COMMANDS)
+    with pytest.raises(ConfigError, match=r"did you mean generation\.temperature\?|policy\.generation\.temperature"):
+        explain_any("generations.temperature", COMMANDS)

@@ -54,11 +54,9 @@ def test_the_flat_form_means_the_same_here(tmp_path: Path, monkeypatch: pytest.M
     assert (policy.max_total_sequence_length, policy.generation.max_new_tokens) == (512 + 512, 512)
     assert policy.generation.vllm_cfg.max_model_len is None
     assert policy.optimizer.kwargs["foreach"] is False
-    assert config.data.model_dump(exclude_none=True) == {
-        "train": {**OPEN_MATH, "split": "train_1M[5%:]"},
-        "validation": {**OPEN_MATH, "split": "train_1M[:5%]"},
-        "shuffle": True,
-        "num_workers": 0,
+    assert config.data.model_dump(exclude_defaults=True) == {
+        "train": {"name": "OpenMathInstruct-2"},
+        "split_validation_size": 0.05,
         "prompt": load(EXAMPLES / "grpo_math_1B.yaml").config.data.prompt,
         "max_input_seq_length": 512,
         "too_long": "skip",
@@ -69,12 +67,8 @@ def test_the_flat_form_means_the_same_here(tmp_path: Path, monkeypatch: pytest.M
     assert [note.split(" ")[0] for note in loaded.notes] == [
         "grpo.val_batch_size",
         "policy.max_total_sequence_length",
-        "data.dataset_name",
         "logger.monitor_gpus",
     ]
-
-
-OPEN_MATH = {"environment": "math", "name": "OpenMathInstruct-2"}
 
 
 def test_the_form_by_split_means_the_same_here() -> None:
@@ -86,7 +80,7 @@ def test_the_form_by_split_means_the_same_here() -> None:
     assert (policy.train_mb_tokens, policy.logprob_mb_tokens) == (2 * 1024, 4 * 1024)
     assert (policy.max_total_sequence_length, policy.generation.max_new_tokens) == (1024, 512)
     assert config.data.train == load(FILES / "grpo_v03.yaml").config.data.train
-    assert config.data.validation == load(FILES / "grpo_v03.yaml").config.data.validation
+    assert config.data.split_validation_size == load(FILES / "grpo_v03.yaml").config.data.split_validation_size
     assert [note.split(" ")[0] for note in loaded.notes] == [
         "grpo.normalize_rewards",
         "grpo.val_batch_size",
@@ -94,7 +88,6 @@ def test_the_form_by_split_means_the_same_here() -> None:
         "policy.sequence_packing.algorithm",
         "policy.sequence_packing.sequence_length_round",
         "policy.generation.vllm_cfg.enable_vllm_metrics_logger",
-        "data.train",
         "logger.monitor_gpus",
     ]
 
@@ -105,7 +98,7 @@ def test_a_run_takes_the_file_and_tells_once_what_it_ignores(name: str, capsys: 
     assert main(["grpo", "--dry-run", "--config", str(path)]) == 0
     captured = capsys.readouterr()
     notes = captured.err.splitlines()
-    assert len(set(notes)) == len(notes) > 3
+    assert len(set(notes)) == len(notes) >= 3
     assert all(note.startswith("note: ") for note in notes)
     assert f"note: grpo.val_batch_size ({FILES / 'grpo_v03.yaml'}:14) is ignored: answers are sampled" in captured.err
     assert "1,543,714,304 parameters" in captured.out
@@ -228,8 +221,8 @@ def test_eval_is_translated_with_its_report() -> None:
         ("policy.generation.vllm_cfg.pipeline_parallel_size=2", "tensor_parallel_size alone"),
         ("policy.generation.vllm_kwargs={max_num_seqs: 8}", "takes what vllm_cfg names"),
         ("data.dataset_name=no_such_set", "write data.train={name: hub"),
-        ("data.processor=my_processor", "data.train={name: custom}"),
-        ("+data.train=[{dataset_name: DeepScaler}]", "write one section into data.train"),
+        ("data.processor=my_processor", "data.train.processor=package.module:name"),
+        ("+data.train=[{dataset_name: DeepScaler, repeat: 2}, {dataset_name: squad}]", "neither repeated nor divided"),
         ("+env.code={num_workers: 2}", "{type: function, path: 'module:function'}"),
     ],
 )
@@ -328,6 +321,42 @@ def test_another_algorithm_is_sent_to_its_command(tmp_path: Path) -> None:
             {"train": {"data_path": "a.csv", "prompt_file": "mine.txt", "system_prompt_file": "s.txt"}},
             {
                 "train": {"name": "local", "path": "a.csv", "prompt_key": "input", "answer_key": "output"},
+                "prompt_file": "mine.txt",
+                "system_prompt_file": "s.txt",
+            },
+        ),
+        (
+            "grpo",
+            {
+                "train": [{"dataset_name": "DeepScaler"}, {"data_path": "a.jsonl", "prompt_file": "mine.txt"}],
+                "default": {"system_prompt_file": "s.txt"},
+            },
+            {
+                "train": {
+                    "name": "mixture",
+                    "datasets": [
+                        {"weight": None, "data": {"name": "DeepScaler", "system_prompt_file": "s.txt"}},
+                        {
+                            "weight": None,
+                            "data": {
+                                "name": "local",
+                                "path": "a.jsonl",
+                                "prompt_key": "input",
+                                "answer_key": "output",
+                                "prompt_file": "mine.txt",
+                                "system_prompt_file": "s.txt",
+                            },
+                        },
+                    ],
+                }
+            },
+        ),
+        (
+            "sft",
+            {"dataset_name": "openmathinstruct2", "prompt_file": "mine.txt", "system_prompt_file": "s.txt"},
+            {
+                "train": {"name": "OpenMathInstruct-2"},
+                "split_validation_size": 0.05,
                 "prompt_file": "mine.txt",
                 "system_prompt_file": "s.txt",
             },

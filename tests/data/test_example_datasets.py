@@ -216,8 +216,8 @@ def test_a_split_off_validation_set_is_disjoint_and_repeatable(tmp_path: Path, s
     assert asked(load_chats(data, seed=2)[0]) != asked(train)
     with pytest.raises(DataError, match="leaves nothing of the 20 records"):
         load_chats(data.model_copy(update={"split_validation_size": 20}), seed=1)
-    with pytest.raises(DataError, match="both set"):
-        load_chats(data.model_copy(update={"validation": data.train}), seed=1)
+    with pytest.raises(ValueError, match="validation and split_validation_size are both set"):
+        ExampleDataConfig(train=data.train, validation=data.train, split_validation_size=size)
 
 
 def test_arithmetic_is_there_without_a_file() -> None:

@@ -199,14 +199,16 @@ def test_kto(shift: float) -> None:
     assert_same(ours, KTOTrainer._compute_loss(trainer, model_of(padded(policy)), inputs, False), policy)
 
 
-def test_reward_model_loss_with_margins() -> None:
+@pytest.mark.parametrize("centering", [None, 0.3])
+def test_reward_model_loss_with_margins(centering: float | None) -> None:
     scores, margins = draw(NUM_SEQUENCES, seed=1).requires_grad_(), draw(NUM_SEQUENCES, seed=2).abs()
     values = torch.zeros(NUM_TOKENS, dtype=torch.float64).index_copy(0, CU_SEQLENS[1:] - 1, scores)
     tokens = batch(margins=margins)
-    token_loss, _ = RewardModelObjective(with_margins=True)(ScalarOutputs(values), tokens)
+    objective = RewardModelObjective(margin_scale=1.0, centering_weight=centering or 0.0)
+    token_loss, _ = objective(ScalarOutputs(values), tokens)
     order = torch.cat([CHOSEN.nonzero(), (~CHOSEN).nonzero()])[:, 0]
     inputs = {"attention_mask": MASK[order], "margin": margins[CHOSEN]}
-    trainer = stand_in(args=SimpleNamespace(center_rewards_coefficient=None))
+    trainer = stand_in(args=SimpleNamespace(center_rewards_coefficient=centering))
     theirs = RewardTrainer.compute_loss(trainer, lambda **_: SimpleNamespace(logits=scores[order][:, None]), inputs)
     assert_same((tokens.token_columns["loss_weights"] * token_loss).sum(), theirs, scores)
 

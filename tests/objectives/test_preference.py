@@ -104,6 +104,33 @@ def test_smoothed_labels_have_their_optimum_at_the_label_confidence() -> None:
     torch.testing.assert_close(gradient, torch.tensor([0.0, float(torch.tensor(0.3).sigmoid()) - 0.9]))
 
 
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+def test_ipo_stops_at_the_policy_that_its_paper_works_out_for_two_answers(tau: float) -> None:
+    """Azar et al., 5.4: a uniform reference and a sure preference give sigmoid(1 / (2 tau)), where DPO's goes to 1."""
+    reached: dict[str, float] = {}
+    for loss, rate in ((ipo_loss, 0.1), (dpo_loss, 100.0)):
+        policy = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        for _ in range(200):
+            ratios = policy.log_softmax(0) - math.log(0.5)
+            (gradient,) = torch.autograd.grad(loss(ratios[:1], ratios[1:], beta=tau).sum(), policy)
+            policy = (policy - rate * gradient).detach().requires_grad_()
+        reached[loss.__name__] = policy.softmax(0)[0].item()
+    assert reached["ipo_loss"] == pytest.approx(1 / (1 + math.exp(-0.5 / tau)), abs=1e-9)
+    assert reached["dpo_loss"] > 0.999
+
+
+def test_gradients_weigh_a_pair_as_the_papers_say() -> None:
+    """DPO: beta sigmoid(beta (r - c)) (Rafailov et al., section 4); ORPO: 1 / (1 + odds ratio) (Hong et al., 4.3)."""
+    chosen, rejected = torch.tensor([0.2], requires_grad=True), torch.tensor([1.2], requires_grad=True)
+    weight = 0.5 / (1 + math.exp(-0.5))
+    found = torch.autograd.grad(dpo_loss(chosen, rejected, beta=0.5).sum(), (chosen, rejected))
+    assert [gradient.item() for gradient in found] == [pytest.approx(-weight), pytest.approx(weight)]
+    chosen, rejected = (torch.tensor([p]).log().requires_grad_() for p in (0.8, 0.5))  # odds 4 and 1
+    found = torch.autograd.grad(odds_ratio_loss(chosen, rejected).sum(), (chosen, rejected))
+    per_log_odds = [gradient.item() * (1 - p) for gradient, p in zip(found, (0.8, 0.5), strict=True)]
+    assert per_log_odds == [pytest.approx(-1 / 5, abs=1e-6), pytest.approx(1 / 5, abs=1e-6)]
+
+
 def test_kto_gains_and_losses_around_the_reference_point() -> None:
     ratios = torch.tensor([1.0, 1.0, 3.0], requires_grad=True)
     desirable = torch.tensor([True, False, True])
@@ -249,7 +276,7 @@ def test_pairs_with_an_empty_answer_or_without_marks_are_refused() -> None:
 
 
 def test_objectives_pickle_and_refuse_what_makes_no_sense() -> None:
-    for objective in (PreferenceObjective(kind="ipo"), KTOObjective(beta=0.2), RewardModelObjective(with_margins=True)):
+    for objective in (PreferenceObjective(kind="ipo"), KTOObjective(beta=0.2), RewardModelObjective(margin_scale=0.5)):
         assert pickle.loads(pickle.dumps(objective)) == objective
     assert PreferenceObjective().needs_reference and not PreferenceObjective(kind="simpo").needs_reference
     with pytest.raises(ConfigError, match="label_smoothing"):

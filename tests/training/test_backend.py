@@ -3,7 +3,7 @@
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import BackendError, CheckpointError
 from nemo_rl.metrics import Metrics, scalars
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from nemo_rl.objectives.policy import ClippedPolicyObjective
 from nemo_rl.training.pytorch.backend import PyTorchBackend, choose_device
 from tiny_batches import plain_logprobs, plain_policy_loss, rollout_batch
@@ -205,6 +205,8 @@ def test_a_reference_that_was_not_kept_is_refused(make: Make) -> None:
 
 class Failing:
     """An objective that goes wrong in its second micro-batch."""
+
+    reads: ClassVar[Reads] = "logprobs"
 
     def __init__(self, how: str) -> None:
         self.how = how

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from functools import cache
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import BackendError, DataError
 from nemo_rl.metrics import Metrics, Sum, scalars
 from nemo_rl.models.causal_lm import CausalLM
-from nemo_rl.objectives.logprobs import TokenOutputs
+from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from nemo_rl.objectives.policy import ClippedPolicyObjective
 from nemo_rl.training.step import Scorer, score_tokens, train_step
 from tiny_batches import plain_logprobs, plain_policy_loss, rollout_batch
@@ -88,8 +89,13 @@ def test_scores_are_the_plain_logprobs_and_0_where_no_loss_is(max_tokens: int) -
     assert not score_tokens(Scorer(MODEL), nobody, max_tokens=max_tokens).any()
 
 
-def broken(outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
-    return outputs.policy_logprobs * tokens.token_columns["advantages"], {}
+class Broken:
+    """An objective that takes any advantage."""
+
+    reads: ClassVar[Reads] = "logprobs"
+
+    def __call__(self, outputs: TokenOutputs, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+        return outputs.policy_logprobs * tokens.token_columns["advantages"], {}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -103,7 +109,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value: float) -> None
         return {}
 
     with pytest.raises(BackendError, match=r"the loss is -?(nan|inf); lower the learning rate"):
-        train_step(Scorer(MODEL), BATCH.with_columns(advantages=advantages), broken, max_tokens=30, update=update)
+        train_step(Scorer(MODEL), BATCH.with_columns(advantages=advantages), Broken(), max_tokens=30, update=update)
     assert not updates
 
 

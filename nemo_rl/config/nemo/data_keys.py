@@ -1,6 +1,6 @@
 """Section `data`, in its flat form (v0.3, v0.4) and with `train`, `validation` and `default` (v0.5)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +21,25 @@ _AIME_2024: Spec = {
 
 KNOWN: Mapping[str, Spec] = {
     "AIME2024": _AIME_2024,
+    "AIME2025": {"name": "AIME2025"},
     "DAPOMath17K": {"name": "DAPOMath17K"},
+    "DAPOMathAIME2024": {"name": "DAPOMathAIME2024"},
     "DeepScaler": {"name": "DeepScaler"},
     "HelpSteer3": {"name": "HelpSteer3"},
     "OpenMathInstruct-2": {"name": "OpenMathInstruct-2"},
     "Tulu3Preference": {"name": "tulu3_preference"},
+    "clevr-cogent": {"name": "clevr-cogent"},
+    "clevr_cogent": {"name": "clevr-cogent"},
+    "geometry3k": {"name": "geometry3k"},
+    "gsm8k": {"name": "GSM8K"},
     "oasst": {"name": "open_assistant"},
     "open_assistant": {"name": "open_assistant"},
     "openmathinstruct2": {"name": "OpenMathInstruct-2"},
+    "refcoco": {"name": "refcoco"},
     "squad": {"name": "squad"},
     "tulu3_sft_mixture": {"name": "tulu3_sft_mixture"},
 }
 """What NeMo RL's names of data sets stand for."""
-
-_USUAL_SPLIT = {"OpenMathInstruct-2": "train_1M"}
-"""The split that is cut where none is named; any other data set has `train`."""
 
 _FLAT_VALIDATION: Mapping[str, Spec] = {
     "DeepScaler": _AIME_2024,
@@ -81,6 +85,8 @@ def _renamed(dataset: Spec, names: Mapping[str, str]) -> Spec:
 def _spec(kind: Kind, dataset: Spec, split: str) -> Spec | Refuse:
     """The description of one data set (`train`, `validation` of v0.5) in today's keys."""
     name, repeat = dataset.get("dataset_name") or "ResponseDataset", dataset.get("repeat", 1)
+    if dataset.get("processor") not in (None, *_PROCESSORS):
+        return _NO_PROCESSOR
     around = _renamed(dataset, {"env_name": "environment"} if kind == "tasks" else {})
     if isinstance(name, str) and name in KNOWN:
         spec: Spec = {**_renamed(dataset, {"split": "split"}), **KNOWN[name], **around}
@@ -114,57 +120,63 @@ def _flat(kind: Kind, name: Any, config: Config) -> Action:
     elif name in _FLAT_VALIDATION:
         other = _FLAT_VALIDATION[name]
     elif name in KNOWN:
-        return _shares(kind, train, _FLAT_SHARE)
+        return Set({"data.train": train, "data.split_validation_size": _FLAT_SHARE})
     else:
         return Set({"data.train": train})
     return other if isinstance(other, Refuse) else Set({"data.train": train, "data.validation": other})
 
 
-def _shares(kind: Kind, spec: Spec, share: float) -> Set:
-    """One data set cut into validation and training."""
-    if kind == "examples":
-        return Set({"data.train": spec, "data.split_validation_size": share})
-    cut, split = f"{100 * share:g}%", spec.get("split") or _USUAL_SPLIT.get(spec["name"], "train")
-    train, validation = ({**spec, "split": f"{split}[{part}]"} for part in (f"{cut}:", f":{cut}"))
-    return Set(
-        {"data.train": train, "data.validation": validation},
-        note=f"the first {cut} of the data validate, where NeMo RL draws them at random",
-    )
-
-
 def _nested(kind: Kind, split: str, dataset: Any, config: Config) -> Action | None:
-    """`data.train` and `data.validation` of v0.5, on top of `data.default`."""
-    if dataset is None:
-        return NOTHING
-    if isinstance(dataset, dict) and "name" in dataset:
-        return None
-    if not isinstance(dataset, dict):
-        return Refuse(f"a list mixes data sets by size, which has no form here: write one section into data.{split}")
+    """`data.train` and `data.validation` of v0.5, on top of `data.default`; a list is one data set after the other."""
+    if dataset is None or (isinstance(dataset, dict) and "name" in dataset):
+        return NOTHING if dataset is None else None
     default = config.get("data.default")
-    whole = {"env_name": config.get("data.env_name"), **(default if isinstance(default, dict) else {}), **dataset}
+    around = {"env_name": config.get("data.env_name"), **(default if isinstance(default, dict) else {})}
+    if isinstance(dataset, list) and all(isinstance(one, dict) for one in dataset):
+        return _several(kind, split, [{**around, **one} for one in dataset])
+    if not isinstance(dataset, dict):
+        return Refuse("a data set is a section: write dataset_name and what describes it")
+    whole: Spec = {**around, **dataset}
     spec = _spec(kind, whole, split)
     if isinstance(spec, Refuse):
         return spec
-    if whole.get("processor") not in (None, *_PROCESSORS):
-        return _NO_PROCESSOR
-    prompts = dict(_prompts(whole.get("prompt_file")))
-    if (system := whole.get("system_prompt_file")) is not None:
-        prompts["data.system_prompt_file"] = system
-    if prompts and kind == "examples":
-        return _NO_TEMPLATE
     share = whole.get("split_validation_size")
-    if isinstance(share, int | float) and share:
-        cut = _shares(kind, spec, share)
-        return Set({**cut.values, **prompts}, note=cut.note)
-    return Set({f"data.{split}": spec, **prompts})
+    divided = {"data.split_validation_size": share} if isinstance(share, int | float) and share else {}
+    prompts = {f"data.{key}": value for key, value in _own_prompts(whole).items()}
+    return Set({f"data.{split}": spec, **divided, **prompts})
+
+
+def _several(kind: Kind, split: str, datasets: Sequence[Spec]) -> Action:
+    """Data sets one after the other: a mixture by size."""
+    parts: list[Spec] = []
+    for dataset in datasets:
+        if dataset.get("repeat", 1) != 1 or dataset.get("split_validation_size"):
+            return Refuse(
+                "data sets of a list are neither repeated nor divided one by one: name data.validation itself"
+            )
+        spec = _spec(kind, dataset, split)
+        if isinstance(spec, Refuse):
+            return spec
+        parts.append({"weight": None, "data": {**spec, **_own_prompts(dataset)}})
+    return Set({f"data.{split}": {"name": "mixture", "datasets": parts}})
+
+
+def _own_prompts(dataset: Spec) -> Mapping[str, Any]:
+    """The template and the system prompt that a data set names."""
+    system = dataset.get("system_prompt_file")
+    return {**_prompts(dataset.get("prompt_file")), **({} if system is None else {"system_prompt_file": system})}
 
 
 def _prompts(file: Any) -> Mapping[str, Any]:
     """The template of a file that comes with NeMo RL, or the file."""
     if not isinstance(file, str):
-        return {} if file is None else {"data.prompt_file": file}
+        return {} if file is None else {"prompt_file": file}
     is_theirs = Path(file).name in PROMPTS and not Path(file).is_file()
-    return {"data.prompt": PROMPTS[Path(file).name]} if is_theirs else {"data.prompt_file": file}
+    return {"prompt": PROMPTS[Path(file).name]} if is_theirs else {"prompt_file": file}
+
+
+def _prompt_file(file: Any, _: Config) -> Action:
+    return Set({f"data.{key}": value for key, value in _prompts(file).items()})
 
 
 def _prompt_limit(limit: Any, _: Config) -> Action | None:
@@ -172,18 +184,12 @@ def _prompt_limit(limit: Any, _: Config) -> Action | None:
     return None if limit is None else Set({"data.max_input_seq_length": limit, "data.too_long": "skip"})
 
 
-_NO_PROCESSOR = Refuse("records are made into prompts by data.prompt and its columns, or by data.train={name: custom}")
-_NO_TEMPLATE = Refuse("a record holds its whole prompt: write the template into the records")
+_NO_PROCESSOR = Refuse(
+    "records are read by their columns, or by data.train.processor=package.module:name (see docs/data.md)"
+)
 _TEMPLATE = Ignore("the chat template decides what surrounds a message")
 _SAID = NOTHING  # by the data set, into whose description it goes
 
-_PROMPTS: Mapping[Kind, Table] = {
-    "tasks": {"data.prompt_file": Convert(lambda file, _: Set(_prompts(file)))},
-    "examples": {
-        "data.prompt_file": Only((None,), _NO_TEMPLATE),
-        "data.system_prompt_file": Only((None,), _NO_TEMPLATE),
-    },
-}
 _DESCRIPTION = (
     *("default", "train_data_path", "val_data_path", "val_data_paths", "train_split", "val_split", "subset", "split"),
     *("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "chat_key", "tool_key", "env_name"),
@@ -199,7 +205,7 @@ def data_keys(kind: Kind) -> Table:
         "data.train": Convert(partial(_nested, kind, "train")),
         "data.validation": Convert(partial(_nested, kind, "validation")),
         **{f"data.{name}": _SAID for name in _DESCRIPTION},
-        **_PROMPTS[kind],
+        "data.prompt_file": Convert(_prompt_file),
         "data.system_key": Only((None,), Refuse("a system message is the first of the messages: move it there")),
         "data.system_prompt": Only((None,), Refuse("a system message is the first of the messages: move it there")),
         "data.use_preserving_dataset": Ignore("records may differ in form"),

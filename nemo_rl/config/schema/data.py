@@ -1,10 +1,18 @@
 """Section `data`: the problems, and how they become prompts."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from nemo_rl.config.schema.base import ImportPath, NonNegativeInt, PositiveFloat, PositiveInt, Section, conflict
+from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, PositiveInt, Section, conflict
+from nemo_rl.config.schema.sources import (
+    CustomDataConfig,
+    LoadingConfig,
+    PromptedConfig,
+    SourceConfig,
+    source_conflict,
+)
 
 type ArithmeticKind = Literal["sum_1_1", "sum_2_1", "sum_1_2", "sum_2_2", "difference", "product", "word", "chain"]
 
@@ -14,14 +22,26 @@ def _sums() -> dict[ArithmeticKind, float]:
     return {"sum_1_1": 0.5, "sum_2_1": 0.3, "sum_2_2": 0.2}
 
 
-class RecordsConfig(Section):
+class JudgedTasksConfig(Section):
     """Data whose records do not say who judges them."""
 
     environment: str = "math"
     """Name of the environment (a key of `env`) that judges these tasks."""
 
 
-class ArithmeticDataConfig(RecordsConfig):
+class RecordsConfig(JudgedTasksConfig, SourceConfig):
+    """Records that are read as problems."""
+
+    @model_validator(mode="after")
+    def _one_reader(self) -> Self:
+        ignored = {"prompt_key", "answer_key", "environment"} & self.model_fields_set
+        if self.processor is not None and ignored:
+            keys = " and ".join(sorted(ignored))
+            raise conflict(f"the processor makes the tasks and leaves no use for {keys}: drop one", "processor")
+        return self
+
+
+class ArithmeticDataConfig(JudgedTasksConfig, PromptedConfig):
     """Arithmetic problems generated offline; train, validation and test never share a seed."""
 
     name: Literal["arithmetic"]
@@ -44,7 +64,7 @@ class ArithmeticDataConfig(RecordsConfig):
 
 
 class LocalDataConfig(RecordsConfig):
-    """A JSONL, JSON, CSV or Parquet file."""
+    """A JSONL, JSON, CSV, Parquet or Arrow file."""
 
     name: Literal["local"]
     """Kind of data set."""
@@ -81,7 +101,14 @@ class HubDataConfig(RecordsConfig):
     """Column of the known answer."""
 
 
-type BuiltinName = Literal[
+type PictureName = Literal["clevr-cogent", "refcoco", "geometry3k"]
+"""Data sets whose problems show images."""
+
+type TextName = Literal[
+    "AIME2024",
+    "AIME2025",
+    "DAPOMathAIME2024",
+    "MATH-500",
     "OpenMathInstruct-2",
     "DeepScaler",
     "DAPOMath17K",
@@ -94,6 +121,8 @@ type BuiltinName = Literal[
     "tulu3_preference",
     "HelpSteer3",
 ]
+
+type BuiltinName = TextName | PictureName
 
 
 class BuiltinDataConfig(RecordsConfig):
@@ -108,19 +137,13 @@ class BuiltinDataConfig(RecordsConfig):
     split: str | None = None
     """Split of the data set, slices such as `train[:1%]` included; None is the usual one."""
 
+    image_folder: str | None = None
+    """Where the files are that the records name: for refcoco, the folder of COCO's `train2014`."""
 
-class CustomDataConfig(Section):
-    """A data set of your own, by import path; each of its tasks names its environment."""
-
-    name: Literal["custom"]
-    """Kind of data set."""
-
-    path: ImportPath
-    """A callable that returns a sequence of `Task`, or of `Chat` or `ChatPair` where answers are given, as
-    `package.module:name` or `path/to/file.py:name`."""
-
-    kwargs: dict[str, JsonValue] = Field(default_factory=dict[str, Any])
-    """Keyword arguments of the callable."""
+    @property
+    def has_images(self) -> bool:
+        """Whether its problems show images."""
+        return self.name in get_args(PictureName.__value__)
 
 
 type TaskSource = Annotated[
@@ -132,8 +155,8 @@ type TaskSource = Annotated[
 class WeightedTasksConfig(Section):
     """One data set of a mixture."""
 
-    weight: PositiveFloat = 1.0
-    """Its share of the mixture, relative to the other weights."""
+    weight: PositiveFloat | None = 1.0
+    """Its share of the mixture, relative to the other weights; None is its number of records."""
 
     data: TaskSource
     """The data set."""
@@ -158,7 +181,18 @@ type DataSpec = Annotated[
 ]
 
 
-class DataConfig(Section):
+def parts_of(spec: DataSpec | None) -> tuple[TaskSource, ...]:
+    """The data sets of a description: of a mixture all, else the one."""
+    match spec:
+        case None:
+            return ()
+        case TaskMixtureConfig():
+            return tuple(part.data for part in spec.datasets)
+        case _:
+            return (spec,)
+
+
+class DataConfig(LoadingConfig):
     """The problems, and how they become prompts."""
 
     train: DataSpec
@@ -170,32 +204,26 @@ class DataConfig(Section):
     test: DataSpec | None = None
     """Held-out problems for the accuracy before and after the run; None leaves it out."""
 
-    shuffle: bool = True
-    """Draw a new order in every epoch."""
-
-    num_workers: NonNegativeInt = 0
-    """Processes that prepare data; 0 does it in the run's own process."""
-
-    prompt: str | None = None
-    """Template of the user message, `{}` stands for the problem; None leaves the problem as it is."""
-
-    prompt_file: str | None = None
-    """A file that holds the template instead of `prompt`."""
-
-    system_prompt_file: str | None = None
-    """A file that holds the system message; None uses the chat template's own."""
-
     max_input_seq_length: PositiveInt | None = None
     """Longest prompt in tokens; None is what `policy.generation.max_new_tokens` leaves of
     `policy.max_total_sequence_length`."""
 
-    too_long: Literal["error", "skip"] = "error"
-    """What happens to a prompt above the limit: stop before the run, or leave it out and count it."""
-
     @model_validator(mode="after")
-    def _one_template(self) -> Self:
-        if self.prompt is not None and self.prompt_file is not None:
-            raise conflict("prompt and prompt_file are both set: keep one", "prompt", "prompt_file")
-        if self.prompt is not None and "{}" not in self.prompt:
-            raise conflict("prompt has no '{}' where the problem goes: add it", "prompt")
+    def _go_together(self) -> Self:
+        validation = None if self.validation is None else parts_of(self.validation)
+        if found := source_conflict(self, parts_of(self.train), validation):
+            raise found
+        if found := image_conflict(parts_of(self.train), validation or (), parts_of(self.test)):
+            raise found
         return self
+
+
+def image_conflict(*sets: tuple[Section, ...]) -> PydanticCustomError | None:
+    """Refuse problems that show images: the models that are trained here read text."""
+    for part in (part for parts in sets for part in parts):
+        if isinstance(part, BuiltinDataConfig) and part.has_images:
+            return conflict(
+                f"the problems of {part.name} show images, and policy.model_name is trained on text alone: choose data"
+                " of text"
+            )
+    return None

@@ -72,6 +72,11 @@ class EvalEngineConfig(VLLMEngineConfig):
     max_model_len: PositiveInt = 2048  # pyright: ignore[reportIncompatibleVariableOverride] (sections are frozen)
     """Longest sequence in tokens, prompt and answer together."""
 
+    precision: Literal["auto", "float32", "bfloat16"] = (  # pyright: ignore[reportIncompatibleVariableOverride]
+        "bfloat16"
+    )
+    """Number format of the weights; `auto` is `bfloat16` where the hardware computes in it, `float32` elsewhere."""
+
 
 class EvalGenerationConfig(Section):
     """The model, and how its answers are sampled."""

@@ -1,15 +1,29 @@
 """Section `data` of algorithms that learn from given answers: conversations, judged answers, or pairs."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
-from nemo_rl.config.schema.data import ArithmeticDataConfig, BuiltinDataConfig, CustomDataConfig
+from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section, conflict
+from nemo_rl.config.schema.data import ArithmeticDataConfig, BuiltinDataConfig, image_conflict
 from nemo_rl.config.schema.formats import RecordFormat
+from nemo_rl.config.schema.sources import CustomDataConfig, LoadingConfig, SourceConfig, source_conflict
 
 
-class LocalExamplesConfig(Section):
+class FormattedConfig(SourceConfig):
+    """Records that are read as conversations or pairs."""
+
+    format: RecordFormat | None = None
+    """Which field holds what; None recognises the usual names (see docs/data.md)."""
+
+    @model_validator(mode="after")
+    def _one_reader(self) -> Self:
+        if self.processor is not None and self.format is not None:
+            raise conflict("the processor reads the records and leaves no use for format: drop one", "processor")
+        return self
+
+
+class LocalExamplesConfig(FormattedConfig):
     """A JSONL, JSON, CSV, Parquet or Arrow file."""
 
     name: Literal["local"]
@@ -18,11 +32,8 @@ class LocalExamplesConfig(Section):
     path: str
     """The file."""
 
-    format: RecordFormat | None = None
-    """Which field holds what; None recognises the usual names (see docs/data.md)."""
 
-
-class HubExamplesConfig(Section):
+class HubExamplesConfig(FormattedConfig):
     """A data set of the Hugging Face hub, or a local folder laid out like one."""
 
     name: Literal["hub"]
@@ -37,9 +48,6 @@ class HubExamplesConfig(Section):
     split: str = "train"
     """Split of the data set, slices such as `train[:1%]` included."""
 
-    format: RecordFormat | None = None
-    """Which field holds what; None recognises the usual names (see docs/data.md)."""
-
 
 type ExampleSource = Annotated[
     ArithmeticDataConfig | LocalExamplesConfig | HubExamplesConfig | BuiltinDataConfig | CustomDataConfig,
@@ -50,8 +58,8 @@ type ExampleSource = Annotated[
 class WeightedExamplesConfig(Section):
     """One data set of a mixture."""
 
-    weight: PositiveFloat = 1.0
-    """Its share of the mixture, relative to the other weights."""
+    weight: PositiveFloat | None = 1.0
+    """Its share of the mixture, relative to the other weights; None is its number of records."""
 
     data: ExampleSource
     """The data set."""
@@ -81,7 +89,11 @@ type ExampleSpec = Annotated[
 ]
 
 
-class ExampleDataConfig(Section):
+def _parts_of(spec: ExampleSpec) -> tuple[ExampleSource, ...]:
+    return tuple(part.data for part in spec.datasets) if isinstance(spec, ExampleMixtureConfig) else (spec,)
+
+
+class ExampleDataConfig(LoadingConfig):
     """Answers to learn from, and how they become tokens."""
 
     train: ExampleSpec
@@ -90,22 +102,19 @@ class ExampleDataConfig(Section):
     validation: ExampleSpec | None = None
     """Records for the validation loss."""
 
-    split_validation_size: Annotated[float, Field(ge=0)] = 0.0
-    """Keep so many records of `train` (below 1: this share of them) for validation instead; 0 keeps none."""
-
     roles: Annotated[frozenset[Literal["system", "user", "assistant", "tool"]], Field(min_length=1, strict=False)] = (
         frozenset({"assistant"})
     )
     """Whose words of a conversation are learnt; of pairs and judged answers it is always the answer."""
 
-    shuffle: bool = True
-    """Draw a new order in every epoch."""
-
-    num_workers: NonNegativeInt = 0
-    """Processes that prepare data; 0 does it in the run's own process."""
-
     max_input_seq_length: PositiveInt | None = None
     """Longest sequence in tokens; None is `policy.max_total_sequence_length`."""
 
-    too_long: Literal["error", "skip"] = "error"
-    """What happens to a sequence above the limit: stop, or leave its record out and count it."""
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        validation = None if self.validation is None else _parts_of(self.validation)
+        if found := source_conflict(self, _parts_of(self.train), validation):
+            raise found
+        if found := image_conflict(_parts_of(self.train), validation or ()):
+            raise found
+        return self

@@ -9,7 +9,7 @@ from nemo_rl.config.schema.generation import GenerationSpec
 
 
 class TokenizerConfig(Section):
-    """The tokenizer of the policy."""
+    """The tokenizer of a model."""
 
     name: str | None = None
     """Folder or hub name of the tokenizer; None is the model's own."""
@@ -65,31 +65,21 @@ type SchedulerLink = Annotated[
 ]
 
 
-class TrainedPolicyConfig(Section):
-    """The model, and how it is trained."""
+class ModelConfig(Section):
+    """A model, and how it scores tokens."""
 
     model_name: str
     """`embedded:NAME`, a local folder or a name on the Hugging Face hub."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """The tokenizer of the policy."""
-
-    train_global_batch_size: PositiveInt
-    """Conversations, judged answers or pairs of one optimizer step."""
-
-    train_mb_tokens: PositiveInt = 4096
-    """Tokens of one training micro-batch as computed, shared prefixes counted once; bounds memory, never changes a
-    result."""
+    """The tokenizer of the model."""
 
     logprob_mb_tokens: PositiveInt = 8192
     """Tokens of one micro-batch of a forward pass without gradient."""
 
-    max_total_sequence_length: PositiveInt
-    """Longest sequence in tokens, prompt and answer together."""
-
-    precision: Literal["float32", "bfloat16", "bfloat16_autocast"] = "bfloat16"
-    """`bfloat16`: weights in bfloat16 with float32 master copies; `bfloat16_autocast`: float32 weights, arithmetic in
-    bfloat16."""
+    precision: Literal["auto", "float32", "bfloat16", "bfloat16_autocast"] = "bfloat16"
+    """`bfloat16`: weights in bfloat16 (with float32 master copies where they are trained); `bfloat16_autocast`: float32
+    weights, arithmetic in bfloat16; `auto`: `bfloat16` where the hardware computes in it, `float32` elsewhere."""
 
     share_prefixes: bool = True
     """Compute a prompt once for all its answers."""
@@ -100,6 +90,26 @@ class TrainedPolicyConfig(Section):
     logprob_chunk_size: PositiveInt = 256
     """Tokens whose logits are held at a time in the language-model head."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model lives; `auto` is the GPU when there is one."""
+
+    num_threads: PositiveInt | None = None
+    """CPU threads of the model's arithmetic; None is PyTorch's own choice."""
+
+
+class TrainedPolicyConfig(ModelConfig):
+    """The model, and how it is trained."""
+
+    train_global_batch_size: PositiveInt
+    """Conversations, judged answers or pairs of one optimizer step."""
+
+    train_mb_tokens: PositiveInt = 4096
+    """Tokens of one training micro-batch as computed, shared prefixes counted once; bounds memory, never changes a
+    result."""
+
+    max_total_sequence_length: PositiveInt
+    """Longest sequence in tokens, prompt and answer together."""
+
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the gradient to this norm; None never clips."""
 
@@ -109,11 +119,19 @@ class TrainedPolicyConfig(Section):
     scheduler: Annotated[tuple[SchedulerLink, ...], Field(strict=False)] = ()
     """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model lives; `auto` is the GPU when there is one."""
-
-    num_threads: PositiveInt | None = None
-    """CPU threads of the model's arithmetic; None is PyTorch's own choice."""
+    @model_validator(mode="after")
+    def _chain_is_whole(self) -> Self:
+        milestones = [link for link in self.scheduler if isinstance(link, MilestonesConfig)]
+        schedulers = len(self.scheduler) - len(milestones)
+        if schedulers > 1 or milestones:
+            count = len(milestones[0].milestones) if len(milestones) == 1 else None
+            if count != schedulers - 1:
+                raise conflict(
+                    f"scheduler chains {schedulers} schedulers and needs one milestones entry with"
+                    f" {max(schedulers - 1, 0)} steps",
+                    "scheduler",
+                )
+        return self
 
 
 class PolicyConfig(TrainedPolicyConfig):

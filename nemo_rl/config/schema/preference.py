@@ -4,11 +4,11 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nemo_rl.config.schema.base import PositiveFloat, conflict
-from nemo_rl.config.schema.run import ExampleRunConfig, LoopConfig
+from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, conflict
+from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig, check_room_for_pairs
 
 
-class PreferenceLoopConfig(LoopConfig):
+class PreferenceLoopConfig(ExampleLoopConfig):
     """The preference loss, and steps, validation and seed of the loop."""
 
     preference_loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "kto"] = "dpo"
@@ -42,6 +42,10 @@ class PreferenceLoopConfig(LoopConfig):
     undesirable_weight: PositiveFloat = 1.0
     """For `kto`: weight of bad answers."""
 
+    reference_cache_mib: NonNegativeInt = 1024
+    """Keep the reference's log-probabilities in up to so many MiB of the driver's memory, so that those of a record are
+    computed once (4 bytes a token of an answer, 256 an answer); 0 computes them every time."""
+
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the weights that the policy started from."""
@@ -58,20 +62,14 @@ class DPOConfig(ExampleRunConfig):
     """The preference loss, and steps, validation and seed of the loop."""
 
     @property
-    def loop(self) -> LoopConfig:
+    def loop(self) -> PreferenceLoopConfig:
         """The section `dpo`."""
         return self.dpo
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
-        pair = 2 * self.max_sequence_tokens
-        if self.dpo.preference_loss != "kto" and self.policy.train_mb_tokens < pair:
-            raise conflict(
-                f"policy.train_mb_tokens = {self.policy.train_mb_tokens} has no room for both answers of a pair, which"
-                f" may have {pair} tokens: raise it to {pair} or lower policy.max_total_sequence_length",
-                "policy.train_mb_tokens",
-                "policy.max_total_sequence_length",
-            )
+        if self.dpo.preference_loss != "kto":
+            check_room_for_pairs(self)
         return self
 
     @model_validator(mode="after")

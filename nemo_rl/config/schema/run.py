@@ -1,15 +1,31 @@
 """What the configurations of all training runs have in common."""
 
 from abc import abstractmethod
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from nemo_rl.config.schema.base import CommandConfig, NonNegativeInt, PositiveInt, Section, conflict
 from nemo_rl.config.schema.cluster import ClusterConfig
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.schema.logging import CheckpointingConfig, LoggerConfig
-from nemo_rl.config.schema.policy import MilestonesConfig, TrainedPolicyConfig
+from nemo_rl.config.schema.policy import TrainedPolicyConfig
+
+
+class EarlyStoppingConfig(Section):
+    """When a run ends because it gets no better."""
+
+    patience: PositiveInt | None = None
+    """End the run after so many validations in a row that were no improvement; None never does."""
+
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """An improvement beats the best validation so far by more than this."""
+
+    metric_name: Annotated[str, Field(pattern="^val:.+$")] = "val:accuracy"
+    """Metric of the validation that is watched, as `val:NAME`."""
+
+    higher_is_better: bool = True
+    """Whether a higher metric is the better one."""
 
 
 class LoopConfig(Section):
@@ -36,10 +52,24 @@ class LoopConfig(Section):
     seed: NonNegativeInt = 42
     """Decides the order of the data and every random draw."""
 
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    """When the run ends because it gets no better."""
+
     @property
     def validates(self) -> bool:
         """Whether the run validates at all."""
         return bool(self.val_period) or self.val_at_start or self.val_at_end
+
+    @model_validator(mode="after")
+    def _can_stop_early(self) -> Self:
+        if self.early_stopping.patience is not None and not self.val_period:
+            raise conflict(
+                f"early_stopping.patience = {self.early_stopping.patience} counts validations and val_period = 0 makes"
+                " none while the run goes on: set val_period",
+                "early_stopping.patience",
+                "val_period",
+            )
+        return self
 
 
 class RunConfig(CommandConfig):
@@ -47,6 +77,9 @@ class RunConfig(CommandConfig):
 
     algorithm: ClassVar[str]
     """Name of the command and of the section with the loop."""
+
+    exported_as: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of Transformers that loads the exported model."""
 
     policy: TrainedPolicyConfig
     """The model, and how it is trained."""
@@ -65,6 +98,11 @@ class RunConfig(CommandConfig):
     def loop(self) -> LoopConfig:
         """The algorithm's own section."""
 
+    @property
+    def num_models(self) -> int:
+        """Models that are computed with, in turns, each in a worker of its own."""
+        return 1
+
     @model_validator(mode="after")
     def _device_is_there(self) -> Self:
         if self.policy.device == "cuda" and self.cluster.executor == "ray" and self.cluster.gpus_per_node == 0:
@@ -76,20 +114,24 @@ class RunConfig(CommandConfig):
             )
         return self
 
-    @model_validator(mode="after")
-    def _chain_is_whole(self) -> Self:
-        chain = self.policy.scheduler
-        milestones = [link for link in chain if isinstance(link, MilestonesConfig)]
-        schedulers = len(chain) - len(milestones)
-        if schedulers > 1 or milestones:
-            count = len(milestones[0].milestones) if len(milestones) == 1 else None
-            if count != schedulers - 1:
-                raise conflict(
-                    f"policy.scheduler chains {schedulers} schedulers and needs one milestones entry with"
-                    f" {max(schedulers - 1, 0)} steps",
-                    "policy.scheduler",
-                )
-        return self
+
+class LossEarlyStoppingConfig(EarlyStoppingConfig):
+    """When a run ends because it gets no better."""
+
+    metric_name: Annotated[str, Field(pattern="^val:.+$")] = "val:loss"
+    """Metric of the validation that is watched, as `val:NAME`."""
+
+    higher_is_better: bool = False
+    """Whether a higher metric is the better one."""
+
+
+class ExampleLoopConfig(LoopConfig):
+    """Steps, validation and seed of a loop that learns from given answers."""
+
+    early_stopping: LossEarlyStoppingConfig = (  # pyright: ignore[reportIncompatibleVariableOverride]  # it is frozen
+        LossEarlyStoppingConfig()
+    )
+    """When the run ends because it gets no better."""
 
 
 class LossCheckpointingConfig(CheckpointingConfig):
@@ -139,3 +181,15 @@ class ExampleRunConfig(RunConfig):
                 "policy.max_total_sequence_length",
             )
         return self
+
+
+def check_room_for_pairs(config: ExampleRunConfig) -> None:
+    """Refuse a token budget into which a pair of full length does not fit, because pairs are never divided."""
+    pair = 2 * config.max_sequence_tokens
+    if config.policy.train_mb_tokens < pair:
+        raise conflict(
+            f"policy.train_mb_tokens = {config.policy.train_mb_tokens} has no room for both answers of a pair, which"
+            f" may have {pair} tokens: raise it to {pair} or lower policy.max_total_sequence_length",
+            "policy.train_mb_tokens",
+            "policy.max_total_sequence_length",
+        )

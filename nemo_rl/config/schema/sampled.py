@@ -6,7 +6,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Share, conflict
-from nemo_rl.config.schema.data import DataConfig, RecordsConfig
+from nemo_rl.config.schema.data import DataConfig, JudgedTasksConfig, RecordsConfig, parts_of
 from nemo_rl.config.schema.environments import EnvironmentConfig
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.config.schema.run import LoopConfig, RunConfig
@@ -110,17 +110,19 @@ class SampledRunConfig(RunConfig):
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         splits = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
-        for split, spec in splits.items():
-            if isinstance(spec, RecordsConfig) and spec.environment not in self.env:
+        for split, part in ((split, part) for split, spec in splits.items() for part in parts_of(spec)):
+            if isinstance(part, RecordsConfig) and part.processor is not None:
+                continue  # its tasks name their environment
+            if isinstance(part, JudgedTasksConfig) and part.environment not in self.env:
                 known = ", ".join(self.env)
                 raise conflict(
-                    f"data.{split}.environment = {spec.environment!r} is not in env: use one of {known}",
+                    f"data.{split}.environment = {part.environment!r} is not in env: use one of {known}",
                     f"data.{split}.environment",
                 )
-        if self.loop.validates and self.data.validation is None:
+        if self.loop.validates and self.data.validation is None and not self.data.split_validation_size:
             raise conflict(
-                f"the run validates but data.validation is not set: set it, or turn off {self.algorithm}.val_period,"
-                " val_at_start and val_at_end",
+                "the run validates but data.validation is not set: set it or data.split_validation_size, or turn off"
+                f" {self.algorithm}.val_period, val_at_start and val_at_end",
                 f"{self.algorithm}.val_period",
             )
         return self

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from nemo_rl.config.schema.run import ExampleRunConfig, LoopConfig
+from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig
 
 
 class SFTConfig(ExampleRunConfig):
@@ -11,10 +11,10 @@ class SFTConfig(ExampleRunConfig):
     default_recipe: ClassVar[str] = "sft_arithmetic_smollm2"
     algorithm: ClassVar[str] = "sft"
 
-    sft: LoopConfig = LoopConfig()
+    sft: ExampleLoopConfig = ExampleLoopConfig()
     """Steps, validation and seed of the loop."""
 
     @property
-    def loop(self) -> LoopConfig:
+    def loop(self) -> ExampleLoopConfig:
         """The section `sft`."""
         return self.sft

@@ -1,9 +1,7 @@
 """Benchmarks by name: where each is on the hub, what its fields hold, and how a problem is put to the model."""
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from string import ascii_uppercase
@@ -18,9 +16,9 @@ from nemo_rl.data.datasets.records import (
     Record,
     RecordDataset,
     RecordFields,
-    Records,
     Table,
     field_of,
+    joined,
     optional_field,
     read_with_datasets,
 )
@@ -238,24 +236,4 @@ def _table(benchmark: Benchmark, data: EvalDataConfig) -> Table:
     if data.path is not None:
         return open_local(data.path) if Path(data.path).is_file() else open_hub(data.path, split=split)
     tables = [open_hub(benchmark.path, split=split, subset=subset) for subset in benchmark.subsets]
-    if len(tables) == 1:
-        return tables[0]
-    return Table(_Joined([table.records for table in tables]), f"{benchmark.path} (split {split!r})")
-
-
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    """Records one after the other."""
-
-    parts: Sequence[Records]
-    ends: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ends", list(accumulate(len(part) for part in self.parts)))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: int) -> Record:
-        part = bisect_right(self.ends, index)
-        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+    return joined(tables, f"{benchmark.path} (split {split!r})")

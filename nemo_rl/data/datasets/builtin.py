@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nemo_rl.config.schema.data import BuiltinName
+from nemo_rl.config.schema.data import BuiltinDataConfig, BuiltinName
 from nemo_rl.config.schema.formats import ChoiceFormat, CompletionFormat, MessagesFormat, PairFormat
-from nemo_rl.data.datasets.hub import open_hub
-from nemo_rl.data.datasets.records import Table
+from nemo_rl.data.datasets.hub import open_hub, stream_hub
+from nemo_rl.data.datasets.pictures import PictureLayout
+from nemo_rl.data.datasets.record_streams import RecordStream
+from nemo_rl.data.datasets.records import Table, joined
 from nemo_rl.errors import DataError
 
 
@@ -27,24 +29,47 @@ class Builtin:
 
     Attributes:
         path: name on the hub.
-        subset: subset (configuration) on the hub; None is the default.
+        subsets: subsets (configurations) on the hub, read one after the other; None is the default.
         splits: its split for `train`, and for `validation` or `test` if it has one.
         problems: how to read problems for the policy to solve.
         chats: how to read conversations to imitate.
         pairs: how to read pairs of answers.
+        pictures: how to read problems that show images, also as conversations.
         in_messages: whether a row is one message of a conversation.
     """
 
     path: str
-    subset: str | None = None
+    subsets: tuple[str | None, ...] = (None,)
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train"})
     problems: ProblemColumns | None = None
     chats: MessagesFormat | CompletionFormat | None = None
     pairs: PairFormat | ChoiceFormat | None = None
+    pictures: PictureLayout | None = None
     in_messages: bool = False
 
 
+_ONE_SPLIT = {"train": "train", "validation": "train", "test": "train"}
+"""Of a benchmark, whose only split serves whatever it is asked for."""
+
 BUILTIN: Mapping[BuiltinName, Builtin] = {
+    "AIME2024": Builtin("HuggingFaceH4/aime_2024", splits=_ONE_SPLIT, problems=ProblemColumns()),
+    "AIME2025": Builtin(
+        "opencompass/AIME2025",
+        subsets=("AIME2025-I", "AIME2025-II"),
+        splits={"train": "test", "validation": "test", "test": "test"},
+        problems=ProblemColumns(prompt_key="question"),
+    ),
+    "DAPOMathAIME2024": Builtin(
+        "BytedTsinghua-SIA/AIME-2024",
+        splits=_ONE_SPLIT,
+        problems=ProblemColumns(prompt_key="prompt", answer_key="reward_model.ground_truth"),
+    ),
+    "MATH-500": Builtin(
+        "HuggingFaceH4/MATH-500",
+        splits={"train": "test", "validation": "test", "test": "test"},
+        problems=ProblemColumns(),
+        chats=CompletionFormat(prompt_key="problem", completion_key="solution"),
+    ),
     "OpenMathInstruct-2": Builtin(
         "nvidia/OpenMathInstruct-2",
         splits={"train": "train_1M"},
@@ -62,7 +87,7 @@ BUILTIN: Mapping[BuiltinName, Builtin] = {
     ),
     "GSM8K": Builtin(
         "openai/gsm8k",
-        subset="main",
+        subsets=("main",),
         splits={"train": "train", "validation": "test", "test": "test"},
         problems=ProblemColumns(prompt_key="question", answer_after="####"),
         chats=CompletionFormat(prompt_key="question", completion_key="answer"),
@@ -74,7 +99,7 @@ BUILTIN: Mapping[BuiltinName, Builtin] = {
     ),
     "OpenR1-Math-220k": Builtin(
         "open-r1/OpenR1-Math-220k",
-        subset="default",
+        subsets=("default",),
         problems=ProblemColumns(),
         chats=MessagesFormat(),
     ),
@@ -97,29 +122,47 @@ BUILTIN: Mapping[BuiltinName, Builtin] = {
     ),
     "HelpSteer3": Builtin(
         "nvidia/HelpSteer3",
-        subset="preference",
+        subsets=("preference",),
         splits={"train": "train", "validation": "validation"},
         pairs=ChoiceFormat(),
+    ),
+    "clevr-cogent": Builtin("MMInstruction/Clevr_CoGenT_TrainA_70K_Complex", pictures="clevr"),
+    "refcoco": Builtin(
+        "jxu124/refcoco",
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        pictures="refcoco",
+    ),
+    "geometry3k": Builtin(
+        "hiyouga/geometry3k",
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        pictures="geometry3k",
     ),
 }
 
 
-def open_builtin(name: BuiltinName, split: str, *, path: str | None = None, chosen_split: str | None = None) -> Table:
+def open_builtin(spec: BuiltinDataConfig, split: str) -> Table | RecordStream:
     """Open a data set by name.
 
     Args:
-        name: which one.
+        spec: which one; its `path` is a local folder in the hub's layout, of which the default subset is read.
         split: what it is for: `train`, `validation` or `test`.
-        path: a local folder in the hub's layout, of which the default subset is read; None is the hub.
-        chosen_split: the split to read; None is the data set's own for that purpose.
 
     Raises:
-        DataError: it has no such split, or cannot be read.
+        DataError: it has no such split, or cannot be read, or not as a stream.
     """
-    builtin = BUILTIN[name]
-    own = chosen_split or builtin.splits.get(split)
+    builtin = BUILTIN[spec.name]
+    own = spec.split or builtin.splits.get(split)
     if own is None:
         raise DataError(
-            f"the data set {name} has no {split} split; set its split, e.g. split: {builtin.splits['train']}[:1%]"
+            f"the data set {spec.name} has no {split} split; set its split, e.g. split: {builtin.splits['train']}[:1%]"
         )
-    return open_hub(path or builtin.path, split=own, subset=None if path else builtin.subset)
+    path, decode = spec.path or builtin.path, builtin.pictures is None
+    subsets: tuple[str | None, ...] = (None,) if spec.path else builtin.subsets
+    if not spec.streaming:
+        tables = [open_hub(path, split=own, subset=subset, decode=decode) for subset in subsets]
+        return joined(tables, f"{path} (split {own!r})")
+    match subsets:
+        case (subset,) if not builtin.in_messages:
+            return stream_hub(path, split=own, subset=subset, decode=decode)
+        case _:
+            raise DataError(f"the data set {spec.name} is put together from all its rows; set its streaming to false")

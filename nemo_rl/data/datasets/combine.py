@@ -49,7 +49,7 @@ class Combined[Item: (Task, Chat, ChatPair)]:
 
 def repeated[Item: (Task, Chat, ChatPair)](dataset: ItemDataset[Item], times: int) -> Combined[Item]:
     """Show a data set several times in one pass."""
-    return _part(dataset, torch.arange(len(dataset)).repeat(times))
+    return part(dataset, torch.arange(len(dataset)).repeat(times))
 
 
 def split_off[Item: (Task, Chat, ChatPair)](
@@ -72,13 +72,13 @@ def split_off[Item: (Task, Chat, ChatPair)](
             "data.split_validation_size"
         )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return _part(dataset, order[count:].sort().values), _part(dataset, order[:count].sort().values)
+    return part(dataset, order[count:].sort().values), part(dataset, order[:count].sort().values)
 
 
 def mixture[Item: (Task, Chat, ChatPair)](
-    datasets: Sequence[ItemDataset[Item]], weights: Sequence[float]
+    datasets: Sequence[ItemDataset[Item]], weights: Sequence[float | None]
 ) -> Combined[Item]:
-    """Mix data sets so that in every stretch of a pass their shares are those of their weights.
+    """Mix data sets so that in every stretch of a pass their shares are those of their weights (None: their sizes).
 
     A pass shows every item at least once: the data set that is longest for its weight sets the length, the others begin
     again when they end.
@@ -89,7 +89,8 @@ def mixture[Item: (Task, Chat, ChatPair)](
     if not datasets:
         raise DataError("a mixture of no data sets was asked for; give at least one")
     lengths = torch.tensor([len(dataset) for dataset in datasets], dtype=torch.float64)
-    shares = torch.tensor(weights, dtype=torch.float64)
+    given = [len(dataset) if weight is None else weight for dataset, weight in zip(datasets, weights, strict=True)]
+    shares = torch.tensor(given, dtype=torch.float64)
     counts = (shares * (lengths / shares).max()).round().long()
     owner = torch.arange(len(datasets)).repeat_interleave(counts)
     turn = torch.cat([torch.arange(count) for count in counts.tolist()])
@@ -98,5 +99,6 @@ def mixture[Item: (Task, Chat, ChatPair)](
     return Combined(datasets, torch.stack([owner, turn % lengths.long()[owner]], dim=1)[order])
 
 
-def _part[Item: (Task, Chat, ChatPair)](dataset: ItemDataset[Item], places: Tensor) -> Combined[Item]:
+def part[Item: (Task, Chat, ChatPair)](dataset: ItemDataset[Item], places: Tensor) -> Combined[Item]:
+    """Take the items at these places (int64 [n]) of a data set."""
     return Combined([dataset], torch.stack([torch.zeros_like(places), places], dim=1))

@@ -2,8 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from bisect import bisect_right
+from collections.abc import Generator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Annotated, Protocol, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -75,6 +78,42 @@ class _Selected:
 
 
 @dataclass(frozen=True, slots=True)
+class Unwanted:
+    """Records that are left out: those whose field holds one of these values; `why` completes "they have ..."."""
+
+    key: str
+    values: tuple[object, ...]
+    why: str
+
+    def __call__(self, record: Record) -> bool:
+        """Whether this record is left out."""
+        return optional_field(record, self.key) in self.values
+
+
+def joined(tables: Sequence[Table], source: str) -> Table:
+    """Put tables one after the other."""
+    return tables[0] if len(tables) == 1 else Table(_Joined([table.records for table in tables]), source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Records one after the other."""
+
+    parts: Sequence[Records]
+    ends: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", list(accumulate(len(part) for part in self.parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        part = bisect_right(self.ends, index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+
+
+@dataclass(frozen=True, slots=True)
 class RecordFields:
     """How a record becomes a task.
 
@@ -119,6 +158,7 @@ class RecordDataset[Item]:
         check_not_empty(len(table.records), table.source)
         self._table = table
         self._reader = reader
+        self._fingerprint: str | None = None
         for index in range(1 if table.lines is None else len(self)):
             self[index]
 
@@ -140,9 +180,14 @@ class RecordDataset[Item]:
     @property
     def fingerprint(self) -> str:
         """Hash of all records and of how they are read."""
+        if self._fingerprint is None:
+            self._fingerprint = self._hash()
+        return self._fingerprint
+
+    def _hash(self) -> str:
         digest = hashlib.sha256(repr(self._reader).encode())
         for index in range(len(self)):
-            digest.update(_told(self._table.records[index]).encode())
+            digest.update(told(self._table.records[index]).encode())
         return digest.hexdigest()
 
 
@@ -171,7 +216,7 @@ class ItemSequence[Item: (Task, Chat, ChatPair)]:
         """Hash of all that the items say, their old indices left out."""
         digest = hashlib.sha256()
         for item in self._items:
-            digest.update(_told(asdict(replace(item, index=0))).encode())
+            digest.update(told(asdict(replace(item, index=0))).encode())
         return digest.hexdigest()
 
 
@@ -184,26 +229,38 @@ def read_with_datasets(
         DataError: the data set cannot be found or read.
     """
     from datasets import load_dataset
+
+    with reading_errors(source, split):
+        return cast("Records", load_dataset(path, subset, split=split, data_files=data_files))
+
+
+@contextmanager
+def reading_errors(source: str, split: str) -> Generator[None]:
+    """Turn the many kinds of failure of `datasets` into one.
+
+    Raises:
+        DataError: the block raised one of them.
+    """
     from datasets.exceptions import DatasetsError
 
     try:
-        return cast("Records", load_dataset(path, subset, split=split, data_files=data_files))
+        yield
     except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"the data set {source} (split {split!r}) cannot be read: {reason}") from error
 
 
-def _told(value: object) -> str:
+def told(value: object) -> str:
     """Write a value the same way in every process: mappings and sets in order, objects without their address."""
     match value:
         case str():
             return repr(value)
         case Mapping():
-            return f"{{{', '.join(sorted(f'{_told(key)}: {_told(item)}' for key, item in value.items()))}}}"
+            return f"{{{', '.join(sorted(f'{told(key)}: {told(item)}' for key, item in value.items()))}}}"
         case Set():
-            return f"{{{', '.join(sorted(map(_told, value)))}}}"
+            return f"{{{', '.join(sorted(map(told, value)))}}}"
         case list() | tuple():
-            return f"[{', '.join(map(_told, value))}]"
+            return f"[{', '.join(map(told, value))}]"
         case _:
             return _ADDRESS.sub("", repr(value))
 

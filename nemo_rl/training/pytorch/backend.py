@@ -1,9 +1,10 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,11 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
-from nemo_rl.models.causal_lm import CausalLM
-from nemo_rl.models.load import load_causal_lm, model_identity
+from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
+from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
+from nemo_rl.models.precision import precision_of
+from nemo_rl.models.scalar_model import ScalarModel
+from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler, clip_grad_norm
@@ -50,6 +54,26 @@ def build_optimization(
     return optimizer, build_scheduler(optimizer, [_stage(link) for link in config.scheduler])
 
 
+type Head = Literal["language", "language_and_value", "scalar"]
+"""`language`: a policy; `language_and_value`: with a critic on its trunk; `scalar`: a reward model or a critic."""
+
+
+def _load(
+    config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase
+) -> CausalLM | ScalarModel:
+    """Load a model without dropout, which has no place in a ratio of probabilities."""
+    device = choose_device(config.device)
+    dtype = precision_of(config.precision, device).weights
+    if head == "scalar":
+        module, _ = load_scalar_model(
+            source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
+        )
+        return ScalarModel.wrap(module.eval())
+    module, _ = load_causal_lm(source, dtype=dtype, device=device)
+    model = CausalLM.wrap(module.eval())
+    return model.with_value_head() if head == "language_and_value" else model
+
+
 class PyTorchBackend:
     """Holds the policy, its float32 master weights, the optimizer and the schedule (see `TrainingBackend`)."""
 
@@ -59,6 +83,7 @@ class PyTorchBackend:
         source: str,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        head: Head = "language",
         with_reference: bool = False,
     ) -> None:
         """Load the model.
@@ -67,14 +92,12 @@ class PyTorchBackend:
             config: the `policy` section; with `generation`, the distribution trained is the one sampled from.
             source: model folder or hub name (`nemo_rl.models.load.resolve_model`).
             tokenizer: saved with every checkpoint and export.
+            head: what stands on the trunk.
             with_reference: keep a frozen copy of the starting weights.
         """
-        pure = config.precision == "bfloat16"
-        module, self._hf_config = load_causal_lm(
-            source, dtype=torch.bfloat16 if pure else torch.float32, device=choose_device(config.device)
-        )
-        self.model = CausalLM.wrap(module.eval())  # dropout has no place in a ratio of probabilities
-        self.autocast = torch.bfloat16 if config.precision == "bfloat16_autocast" else None
+        self.model = _load(config, source, head, tokenizer)
+        module = self.model.module
+        self.precision = precision_of(config.precision, self.model.device)
         self._config = config
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
@@ -88,7 +111,7 @@ class PyTorchBackend:
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
-            autocast=self.autocast,
+            autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
 
@@ -104,6 +127,10 @@ class PyTorchBackend:
     def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """The loss of a batch and its metrics; no weight changes."""
         return evaluate_step(self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens)
+
+    def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
+        """Keep the heads of teachers, on this device, for objectives that compare whole vocabularies."""
+        self._scorer = replace(self._scorer, teachers=tuple(head.to(self._scorer.device) for head in heads))
 
     def _update(self) -> Metrics:
         norm = clip_grad_norm(self._masters.parameters, self._config.max_grad_norm)
@@ -121,6 +148,14 @@ class PyTorchBackend:
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
         return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens)
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """float32 [N]: the value before each token where `loss_mask` is true, 0 elsewhere.
+
+        Raises:
+            BackendError: the model has no head for it.
+        """
+        return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens, reads="values")
 
     @contextmanager
     def reference(self) -> Generator[None]:
@@ -144,10 +179,11 @@ class PyTorchBackend:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights that the model computes with, by Hugging Face name, tied ones once."""
         for name, parameter in self.model.module.named_parameters():
-            yield name, parameter.detach()
+            if not name.startswith(VALUE_HEAD):
+                yield name, parameter.detach()
 
     def _state(self) -> TrainingState:
-        identity = model_identity(self._hf_config)
+        identity = model_identity(self.model.module.config)
         return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity)
 
     def save(self, folder: Path) -> None:
@@ -162,7 +198,7 @@ class PyTorchBackend:
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
-        dtype = torch.float32 if self._config.precision == "float32" else torch.bfloat16
+        dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
         export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named)
 
     def describe(self) -> Mapping[str, Any]:
@@ -171,6 +207,6 @@ class PyTorchBackend:
             "model": type(self.model.module).__name__,
             "parameters": self.model.num_parameters,
             "device": str(self._scorer.device),
-            "precision": self._config.precision,
+            "precision": self.precision.name,
             "optimizer_steps": self._optimizer_steps,
         }

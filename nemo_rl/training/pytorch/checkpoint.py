@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl.errors import CheckpointError
+from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.models.load import Identity
 from nemo_rl.training.pytorch.optim import advance
 
@@ -143,6 +144,7 @@ def export_hf(
     exported = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in tensors.items()
+        if not name.startswith(VALUE_HEAD)
     }
     with _failing_as(f"cannot write the model folder {folder}"):
         model.save_pretrained(folder, state_dict=exported)

@@ -1,0 +1,65 @@
+"""`StreamModel`: the trunk of a Transformers model that runs on streams, whatever head stands on it."""
+
+import logging
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nemo_rl.data.packing import Stream
+from nemo_rl.models.attention import AttentionPlan, TreeAttention, use_plans
+from nemo_rl.models.rows import run_rows
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamModel:
+    """A model on streams.
+
+    Attributes:
+        module: the whole Transformers model.
+        takes_plans: its attention is replaced by attention plans; if not, every sequence is a padded row of its own.
+        trunk: the model without its head.
+    """
+
+    module: PreTrainedModel
+    takes_plans: bool
+    trunk: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trunk.parameters()).device
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def stream_hidden(self, stream: Stream) -> Tensor:
+        """Run the trunk over a micro-batch: last hidden states [S, H]."""
+        device = self.device
+        input_ids = stream.input_ids.to(device)
+        if not self.takes_plans:
+            return run_rows(self.trunk, input_ids, stream.tree)
+        return self.hidden(input_ids, stream.position_ids.to(device), TreeAttention(stream.tree, device))
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
+        """Run the trunk along a plan, which the model must take: int64 [S], int64 [S] -> last hidden states [S, H]."""
+        output = self.trunk(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attention_plan=plan
+        )
+        return cast(Tensor, output.last_hidden_state)[0]
+
+
+def take_plans(module: PreTrainedModel) -> bool:
+    """Let attention plans replace the model's attention, and say so once if it cannot be."""
+    takes_plans = use_plans(module)
+    if not takes_plans:
+        _log.warning(
+            "%s does not mix tokens by plain attention alone, so it trains on padded rows and shares no prefixes",
+            type(module).__name__,
+        )
+    return takes_plans
