@@ -70,6 +70,10 @@ def test_a_sampling_setting_arrives_in_the_requests(setting: str, field: str, va
         ("reference_policy_kl_type=k1", "kl_type", "k1"),
         ("kl_input_clamp_value=5.0", "kl_input_clamp", 5.0),
         ("kl_output_clamp_value=3.0", "kl_output_clamp", 3.0),
+        ("policy_loss=cispo", "policy_loss", "cispo"),
+        ("policy_loss=reinforce", "policy_loss", "reinforce"),
+        ("ratio_level=sequence", "sequence_level_ratio", True),
+        ("use_on_policy_kl_approximation=true", "kl_reweighted", True),
     ],
 )
 def test_a_loss_setting_arrives_in_the_objective(setting: str, field: str, value: object) -> None:
@@ -78,10 +82,28 @@ def test_a_loss_setting_arrives_in_the_objective(setting: str, field: str, value
     assert dataclasses.replace(changed, **{field: getattr(default, field)}) == default
 
 
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [("token", 0.0, 2.0), ("sequence", 0.0, 2.0), ("icepop", 0.5, 5.0), ("sequence_mask", 0.999, 1.002)],
+)
+def test_a_correction_arrives_in_the_objective_with_its_bounds(kind: str, low: float, high: float) -> None:
+    assert grpo_objective(load()).correction is None
+    for bounds, expected in (("", (low, high)), (", low: 0.8, high: 1.3", (0.8, 1.3))):
+        objective = grpo_objective(load(f"loss_fn.correction={{type: {kind}{bounds}}}"))
+        assert (objective.correction, objective.correction_low, objective.correction_high) == (kind, *expected)
+
+
+def test_a_kl_term_is_in_the_loss_or_in_the_reward_and_not_in_both() -> None:
+    penalty = "loss_fn.reference_policy_kl_penalty=0.1"
+    assert grpo_objective(load(penalty)).kl_weight == 0.1
+    assert grpo_objective(load(penalty, "loss_fn.reference_policy_kl_place=reward")).kl_weight == 0
+
+
 def test_only_a_batch_of_one_optimizer_step_is_on_policy() -> None:
     sizes = ("grpo.num_prompts_per_step=4", "grpo.num_generations_per_prompt=2")
     one, two = (load(*sizes, f"policy.train_global_batch_size={size}") for size in (8, 4))
-    assert (grpo_objective(one).on_policy, grpo_objective(two).on_policy) == (True, False)
+    again = load(*sizes, "policy.train_global_batch_size=8", "grpo.num_epochs_per_step=2")
+    assert [grpo_objective(config).on_policy for config in (one, two, again)] == [True, False, False]
 
 
 def problems(tokenizer: PreTrainedTokenizerBase, *settings: str) -> Problems:

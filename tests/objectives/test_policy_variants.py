@@ -120,6 +120,26 @@ def test_correction_multiplies_the_policy_loss_but_not_the_kl() -> None:
         objective(outputs(policy), bare)
 
 
+def test_the_kl_in_the_loss_is_reweighted_by_how_much_likelier_the_token_is_now() -> None:
+    """Twice, half and e^30 times as likely as for the sampler, one nat (k1) above the reference; the weight is fixed."""
+    policy = torch.full((3,), -1.0, dtype=torch.float64).requires_grad_()
+    log_weight = torch.tensor([math.log(2), -math.log(2), 30.0], dtype=torch.float64)
+    tokens = tokens_of(
+        torch.tensor([0, 3]),
+        advantages=torch.zeros(3, dtype=torch.float64),
+        rollout_logprobs=policy.detach() - log_weight,
+        reference_logprobs=policy.detach() - 1,
+    )
+    weight = {False: [1.0, 1.0, 1.0], True: [2.0, 0.5, math.exp(20)]}  # bounded, or one token would be the whole loss
+    for reweighted, expected in weight.items():
+        objective = ClippedPolicyObjective(on_policy=True, kl_weight=0.1, kl_type="k1", kl_reweighted=reweighted)
+        loss, metrics = objective(outputs(policy), tokens)
+        wanted = 0.1 * torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(loss.detach(), wanted)
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), policy)[0], wanted)
+        assert scalars(metrics)["reference_kl"] == pytest.approx(sum(expected) / 3)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     correction=st.sampled_from([None, "token", "sequence", "icepop", "sequence_mask"]),
