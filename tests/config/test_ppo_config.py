@@ -56,7 +56,6 @@ def test_the_recipe_has_the_problems_of_grpo() -> None:
     ppo, grpo = load(), load_config(None, (), GRPOConfig).config
     assert (ppo.data, ppo.env, ppo.policy.model_name) == (grpo.data, grpo.env, grpo.policy.model_name)
     assert ppo.policy.generation == grpo.policy.generation
-    assert ppo.num_rollouts_per_step == grpo.num_rollouts_per_step
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_one_answer_to_a_problem_is_enough() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "on_policy"),
-    [([], True), (["ppo.ppo_epochs=2"], False), (["policy.train_global_batch_size=96"], False)],
+    [([], True), (["ppo.ppo_epochs=2"], False), (["policy.train_global_batch_size=48"], False)],
 )
 def test_only_a_batch_of_one_optimizer_step_is_on_policy(settings: list[str], on_policy: bool) -> None:
     assert load(*settings).on_policy is on_policy
@@ -110,9 +109,9 @@ def test_the_plan_counts_the_passes_and_the_critic() -> None:
         render_plan(load("ppo.ppo_epochs=2")),
         render_plan(load(SEPARATE, "ppo.critic_ppo_epochs=3", "policy.precision=bfloat16")),
     )
-    assert "2 (192 rollouts each)" in shared and "1 (on-policy)" in separate
+    assert "2 (96 rollouts each)" in shared and "1 (on-policy)" in separate
     assert "critic                    on the policy's trunk, in the same passes" in shared
-    assert "critic                    a model of its own, 3 optimizer steps per step of 192 rollouts each" in separate
+    assert "critic                    a model of its own, 3 optimizer steps per step of 96 rollouts each" in separate
     assert "critic's weights          269 MB" in separate and "critic's optimizer moments" in separate
     assert "critic's" not in shared
     unknown = render_plan(load(SEPARATE, "value.model_name=someone/Unheard-Of-3B"))
