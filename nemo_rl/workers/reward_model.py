@@ -87,5 +87,7 @@ class RewardModelWorker:
             return str(error)
         length = len(example.token_ids) - 1
         if self._max_model_len is not None and length > self._max_model_len:
-            return f"the conversation has {length} tokens for the reward model and max_model_len is {self._max_model_len}"
+            return (
+                f"the conversation has {length} tokens for the reward model and max_model_len is {self._max_model_len}"
+            )
         return example

@@ -8,5 +8,7 @@ from nemo_rl.config.schema.reward_model import RMConfig
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.config.schema.sft import SFTConfig
 
-RUNS: Mapping[str, type[RunConfig]] = {config.algorithm: config for config in (GRPOConfig, SFTConfig, DPOConfig, RMConfig)}
+RUNS: Mapping[str, type[RunConfig]] = {
+    config.algorithm: config for config in (GRPOConfig, SFTConfig, DPOConfig, RMConfig)
+}
 """By the name of the command, which is also that of the section with the loop."""
