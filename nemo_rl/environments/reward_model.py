@@ -55,8 +55,8 @@ class RewardModelEnvironment:
             reward `reward`; metric `score`, what the model said.
 
         Raises:
-            EnvironmentFailure: the conversation is too long or cannot be written, the score is not finite, or the worker
-                failed.
+            EnvironmentFailure: the conversation is too long or cannot be written, the score is not finite, or the
+                worker failed.
         """
         last_reply(messages)
         score = named_rewards(await self._score(messages), source="the reward model")["reward"]

@@ -152,7 +152,7 @@ def load_scalar_model(
     Raises:
         ModelError: the files are missing, damaged or incomplete, or the architecture has no such form.
     """
-    with _loading(source, "a model with a score"):
+    with _loading(source, "a model with a score"), _no_report():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, num_labels=1, output_loading_info=True
         )
@@ -178,6 +178,17 @@ def _loading(source: str, what: str) -> Generator[None]:
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot load {what} from {source}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _no_report() -> Generator[None]:
+    """Keep Transformers from telling that a head is new, which is what was asked for."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _check_complete(source: str, missing: Collection[str]) -> None:
