@@ -177,8 +177,8 @@ def test_bytes_and_pickle_carry_every_column_and_equal_batches_give_equal_bytes(
         ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, "run from 0"),
         ({"group_ids": torch.tensor([0])}, "1 group_ids for 2 sequences"),
         ({"cu_seqlens": torch.tensor([0, 1, 2, 5]), "group_ids": torch.tensor([0, 1, 0])}, "tears a group apart"),
-        ({"token_columns": {"advantages": torch.zeros(4)}}, "token column 'advantages'.*5 values"),
-        ({"token_columns": {"advantages": torch.zeros(5, 1)}}, "token column 'advantages'"),
+        ({"token_columns": {"advantages": torch.zeros(4)}}, "token column 'advantages'.*5 rows"),
+        ({"token_columns": {"advantages": torch.zeros(())}}, "token column 'advantages'"),
         ({"token_columns": {"loss_mask": torch.ones(5)}}, "'loss_mask'.*must be bool"),
         ({"sequence_columns": {"rewards": torch.zeros(5)}}, "sequence column 'rewards'.*2 values"),
     ],
@@ -199,3 +199,27 @@ def test_a_batch_without_sequences_is_a_batch() -> None:
     assert (empty.num_sequences, empty.num_tokens, empty.minibatches(4)) == (0, 0, [])
     assert TokenBatch.from_bytes(empty.to_bytes()).num_sequences == 0
     assert [part.num_sequences for part in empty.split(2)] == [0, 0]
+
+
+def test_a_token_may_have_several_values() -> None:
+    """However sequences are dealt, the rows of a wide column stay with their tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 1, 4, 2, 5, 2])
+    batch = TokenBatch(
+        torch.arange(17), torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), torch.tensor([0, 0, 1, 2, 2, 3])
+    )
+    wide = torch.rand(17, 3, generator=generator)
+    batch = batch.with_columns(wide=wide)
+    parts = [
+        *batch.split(3),
+        *batch.balance(2),
+        *batch.minibatches(2),
+        pickle.loads(pickle.dumps(batch)),
+        batch.to("cpu"),
+    ]
+    for part in parts:
+        assert torch.equal(part.token_columns["wide"], wide[part.token_ids])
+    with pytest.raises(DataError, match="token column 'wide'"):
+        batch.with_columns(wide=wide[:5])
+    with pytest.raises(DataError, match="sequence column 'wide'"):
+        batch.with_sequence_columns(wide=wide[:6])

@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import DataError
-from nemo_rl.objectives.distillation import chunked_distillation_loss, distillation_loss
+from nemo_rl.metrics import scalars
+from nemo_rl.objectives.distillation import DistillationObjective, DistributionOutputs, distillation_loss
+from nemo_rl.objectives.logprobs import LogitHead
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -81,27 +84,54 @@ def test_tokens_that_cannot_be_sampled_do_not_make_it_infinite() -> None:
     assert loss.isfinite() and torch.autograd.grad(loss.sum(), student)[0].isfinite().all()
 
 
+def batch_of(**columns: Tensor) -> TokenBatch:
+    """Two sequences of 4 and 6 loss tokens, each with a teacher of its own."""
+    return TokenBatch(
+        torch.zeros(10, dtype=torch.int64),
+        torch.tensor([0, 4, 10]),
+        torch.arange(2),
+        columns,
+        {"teacher": torch.tensor([1, 0])},
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [13, 11])
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_chunks_change_neither_values_nor_gradients(top_k: int | None) -> None:
+def test_chunks_teachers_and_padding_change_neither_values_nor_gradients(top_k: int | None, vocab_size: int) -> None:
     head = nn.Linear(6, 13).double()
-    hidden = draw(10, 6, seed=1).requires_grad_()
-    logprobs, ids = draw(10, 13, seed=2).log_softmax(-1), None
+    hidden, given = draw(10, 6, seed=1).requires_grad_(), draw(10, 5, seed=2)
+    teachers = (LogitHead(draw(13, 5, seed=4)), LogitHead(draw(15, 4, seed=5)))  # one narrower, with more padding
+    scores = torch.cat([teachers[1](given[:4, :4])[:, :13], teachers[0](given[4:])])
+    logprobs, ids = (scores[:, :vocab_size] / 0.8).log_softmax(-1), None
+    columns = {"teacher_hidden": given}
     if top_k is not None:
         logprobs, ids = logprobs.topk(top_k)
+        columns = {"teacher_logprobs": logprobs, "teacher_ids": ids.int()}
+    objective = DistillationObjective(0.4, top_k is not None, 0.8, vocab_size, chunk_size=3)
+    whole = distillation_loss(
+        head(hidden)[:, :vocab_size],
+        logprobs,
+        ids,
+        forward_weight=0.4,
+        zero_outside_topk=top_k is not None,
+        temperature=0.8,
+    )
+    chunked, metrics = objective(DistributionOutputs(hidden, head, teachers), batch_of(**columns))
     weights, results = draw(10, seed=3), []
-    options = {"forward_weight": 0.4, "zero_outside_topk": True, "temperature": 0.8}
-    whole = distillation_loss(head(hidden), logprobs, ids, **options)
-    for loss in (whole, chunked_distillation_loss(hidden, head, logprobs, ids, chunk_size=3, **options)):
+    for loss in (whole, chunked):
         results.append([loss, *torch.autograd.grad((weights * loss).sum(), (hidden, head.weight, head.bias))])
-    torch.testing.assert_close(results[1], results[0])
-    nothing = chunked_distillation_loss(hidden[:0], head, logprobs[:0], None if ids is None else ids[:0])
-    assert nothing.shape == (0,)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+    figures = scalars(metrics)
+    mixed = 0.4 * figures["forward_kl"] + 0.6 * figures["reverse_kl"]
+    assert mixed == pytest.approx(float(whole.detach().mean()), rel=1e-5)
+    if top_k is not None:
+        assert figures["teacher_topk_mass"] == pytest.approx(float(logprobs.exp().sum(-1).mean()))
 
 
 def test_no_pass_holds_all_logits() -> None:
-    """The largest tensor saved for backward stays that of the hidden states."""
-    head, hidden = nn.Linear(4, 1000), torch.randn(64, 4, requires_grad=True)
-    top, ids = torch.randn(64, 1000).log_softmax(-1).topk(8)
+    """The largest tensor saved for backward stays that of the head."""
+    head, hidden = nn.Linear(4, 1000), torch.randn(10, 4, requires_grad=True)
+    top, ids = torch.randn(10, 1000).log_softmax(-1).topk(8)
     largest = 0
 
     def look(tensor: Tensor) -> Tensor:
@@ -109,8 +139,9 @@ def test_no_pass_holds_all_logits() -> None:
         largest = max(largest, tensor.numel())
         return tensor
 
+    objective = DistillationObjective(zero_outside_topk=True, chunk_size=2)
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        loss = chunked_distillation_loss(hidden, head, top, ids, zero_outside_topk=True, chunk_size=8)
+        loss, _ = objective(DistributionOutputs(hidden, head), batch_of(teacher_logprobs=top, teacher_ids=ids))
     assert loss.requires_grad and largest <= head.weight.numel()
 
 
