@@ -184,7 +184,7 @@ class Run:
             yield
 
     def end_step(
-        self, step: int, metrics: Metrics, collected: Collected | None = None, advantages: Sequence[float] = ()
+        self, step: int, metrics: Metrics, collected: Collected | None = None, advantages: Sequence[float] | None = None
     ) -> None:
         """Log and show the figures of a step, and its rollouts if it has any."""
         self.step, self._unsaved = step, None

@@ -144,7 +144,8 @@ class DistillationObjective:
             return loss, token_means(figures)
         owners = tokens.per_token(tokens.sequence_columns["teacher"])
         order, parts = owners.argsort(stable=True), []
-        for index, rows in enumerate(order.split(owners.bincount(minlength=len(outputs.teachers)).tolist())):
+        present, counts = owners[order].unique_consecutive(return_counts=True)
+        for index, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
             head = outputs.teachers[index]
             given = column["teacher_hidden"][rows, : head.weight.shape[1]]
             parts.append(self._chunks(outputs.head, partial(self._whole, head), outputs.hidden[rows], given))

