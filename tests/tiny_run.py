@@ -140,11 +140,11 @@ def rollouts(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((folder / "rollouts").iterdir())}
 
 
-def saved_tensors(folder: Path, step: int) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, weights and optimizer, read without the code under test."""
+def saved_tensors(folder: Path, step: int, *, part: str = "policy") -> dict[str, Tensor]:
+    """Every tensor of a trained part of a checkpoint, weights and optimizer, read without the code under test."""
     tensors: dict[str, Any] = {}
-    for part in ("weights", "optimizer"):
-        place = folder / f"step_{step}" / "policy" / part
+    for kind in ("weights", "optimizer"):
+        place = folder / f"step_{step}" / part / kind
         stored = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
         held: dict[str, Any] = {
             name: torch.empty(item.size, dtype=item.properties.dtype)
@@ -154,7 +154,7 @@ def saved_tensors(folder: Path, step: int) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(held, checkpoint_id=place, no_dist=True)
-        tensors |= {f"{part}/{name}": tensor for name, tensor in held.items()}
+        tensors |= {f"{kind}/{name}": tensor for name, tensor in held.items()}
     return tensors
 
 
