@@ -11,6 +11,7 @@ from tiny_letters import (  # pyright: ignore[reportImplicitRelativeImport]
     letters_run,
     make_letters_model,
 )
+from tiny_run import VOWELS  # pyright: ignore[reportImplicitRelativeImport]
 
 ONE_STEP = "grpo.max_num_steps=1"
 TWO_STEPS = "policy.train_global_batch_size=12"
@@ -133,3 +134,18 @@ def test_equal_prompts_of_a_step_are_groups_of_their_own_in_every_round(letters:
         mean = sum(one["reward"] for one in members) / 6
         assert [one["advantage"] for one in members] == pytest.approx([one["reward"] - mean for one in members])
     assert len({sum(one["reward"] for one in members) for members in groups}) > 1  # merged, the means would be one
+
+
+def test_groups_that_cannot_be_judged_are_replaced_and_counted_in_every_round(letters: Path, tmp_path: Path) -> None:
+    """A failure is neither a zero, which would give a group its spread, nor an answer less."""
+    failing = VOWELS.replace("completion: str", "completion: str, ground_truth: str").replace(
+        "    return",
+        "    if int(ground_truth) % 3 == 0 and completion < 'M':\n        raise OSError('gone')\n    return",
+    )
+    rule = ("grpo.dynamic_sampling={max_tries: 20}", "grpo.max_failed_group_share=0.9")
+    found = figures(letters, tmp_path, *rule, code=failing)
+    assert found["dropped_groups"] == found["dropped_groups/environment_failure"] > 0
+    judged = 4 * found["dynamic_sampling/rounds"] - found["dropped_groups"]
+    kept = judged * (1 - found["dynamic_sampling/share_filtered"])
+    assert kept == pytest.approx(4 + found["dynamic_sampling/surplus_groups"])
+    assert (tmp_path / "run" / "rollouts" / "step_1.jsonl").read_text().count("\n") == 24

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from nemo_rl.algorithms.policy_batch import minibatches, policy_batch, with_advantages
 from nemo_rl.algorithms.sampling import has_spread
@@ -39,8 +40,10 @@ def group(index: int, *answers: Answer, version: int = 4) -> RolloutGroup:
     return RolloutGroup(task, rollouts)
 
 
-def laid_out(settings: GRPOConfig, groups: list[RolloutGroup], *, kl: float = 0.0) -> tuple[TokenBatch, Metrics]:
-    """As the loop does it, for the weights of version 4; every token is `kl` above the reference (k1)."""
+def laid_out(
+    settings: GRPOConfig, groups: list[RolloutGroup], *, kl: float | Tensor = 0.0
+) -> tuple[TokenBatch, Metrics]:
+    """As the loop does it, for the weights of version 4; its tokens [N] are `kl` above the reference (k1)."""
     longest = settings.policy.generation.max_new_tokens
     batch, metrics = policy_batch(settings.grpo, groups, max_new_tokens=longest, version=4)
     if settings.loss_fn.kl_in_reward:
@@ -241,11 +244,23 @@ def test_reinforce_plus_plus_pays_the_kl_where_it_arises_and_normalises_over_tok
 
 
 def test_reinforce_plus_plus_baseline_subtracts_the_group_first() -> None:
-    """2/3, -1/3, -1/3 of 2, 4 and 8 tokens have the mean -4/21 and, around it, 6/7, -1/7, -1/7."""
-    batch, _ = laid_out(config("grpo.adv_estimator={name: reinforce_plus_plus, minus_baseline: true}"), [MIXED])
-    deviation = (84 / 49 / 13) ** 0.5
-    expected = [6 / 7 / deviation, -1 / 7 / deviation, -1 / 7 / deviation]
+    """2/3, -1/3, -1/3 of 2, 4 and 8 tokens have the mean -4/21 and, around it, 6/7, -1/7, -1/7, in either group."""
+    easier = group(1, (3.0, 2, "stop"), (2.0, 4, "stop"), (2.0, 8, "length"))
+    settings = config("grpo.adv_estimator={name: reinforce_plus_plus, minus_baseline: true}")
+    batch, _ = laid_out(settings, [MIXED, easier])
+    deviation = (2 * 84 / 49 / 27) ** 0.5
+    expected = [6 / 7 / deviation, -1 / 7 / deviation, -1 / 7 / deviation] * 2
     assert batch.sequence_columns["advantages"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_reinforce_plus_plus_baseline_pays_the_kl_at_its_token() -> None:
+    """Of 1 and 2 tokens, the last at 0.4 from the reference: 0.5, -0.5 and -0.7 before the batch is normalised."""
+    settings = config("grpo.adv_estimator={name: reinforce_plus_plus, minus_baseline: true}", *IN_REWARD)
+    kl = torch.tensor([0.0] * PROMPT + [0.0] + [0.0] * PROMPT + [0.0, 0.4])
+    batch, _ = laid_out(settings, [group(0, (1.0, 1, "stop"), (0.0, 2, "stop"))], kl=kl)
+    found = batch.token_columns["advantages"][batch.token_columns["loss_mask"]]
+    before = torch.tensor([0.5, -0.5, -0.7])
+    torch.testing.assert_close(found, (before - before.mean()) / before.std(), rtol=1e-5, atol=1e-5)
 
 
 OPPOSED = group(0, *(({"a": a, "b": 1.0 - a}, 2, "stop") for a in (1.0, 0.0, 0.0)))
