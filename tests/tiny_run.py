@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nemo_rl.algorithms.launch import launch_grpo
 from nemo_rl.algorithms.outcome import Outcome
@@ -49,6 +49,17 @@ def make_tiny_llama(folder: Path, *, hidden_size: int = 16) -> Path:
         )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(embedded_folder()).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_reward_model(folder: Path) -> Path:
+    """Write a classifier with one label and the trunk of `make_tiny_llama`, whose head is random too."""
+    make_tiny_llama(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        torch.nn.init.normal_(model.get_parameter("score.weight"))
+    model.save_pretrained(folder)
     return folder
 
 
