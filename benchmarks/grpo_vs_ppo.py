@@ -1,7 +1,7 @@
 """Does GRPO reach an accuracy with fewer sampled tokens than PPO? `uv run --group dev benchmarks/grpo_vs_ppo.py`.
 
-Both sides run their packaged recipe on sums with SmolLM2-135M-Instruct, from the same weights, with the same problems in
-the same order, as many answers a step, the same optimizer, schedule, clipping and number of optimizer steps. What is
+Both sides run their packaged recipe on sums with SmolLM2-135M-Instruct, from the same weights, with the same problems
+in the same order, as many answers a step, the same optimizer, schedule, clipping and number of optimizer steps. What is
 left is what the algorithms are: GRPO compares an answer with the others to its problem, PPO each token with a critic on
 the policy's trunk. `README.md` says which settings were chosen for which side. Greedy validation accuracy is drawn over
 the sampled tokens, which both sides pay for; the mean of the seeds, and their lowest and highest.
@@ -32,6 +32,8 @@ ALGORITHMS = {"grpo": "tab:blue", "ppo": "tab:orange"}
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 CLAIM = 3.2
 """GRPO is said to converge so many times faster than PPO."""
+PROMPTS, ANSWERS = 24, 8
+"""Of a step, on both sides."""
 GRID = 200
 """Points of a drawn curve."""
 
@@ -59,6 +61,8 @@ def run(algorithm: str, seed: int, options: argparse.Namespace) -> Path:
     settings = [
         f"{algorithm}.seed={seed}",
         f"{algorithm}.max_num_steps={options.steps}",
+        f"{algorithm}.num_prompts_per_step={PROMPTS}",
+        f"{algorithm}.num_generations_per_prompt={ANSWERS}",
         f"{algorithm}.val_period={options.val_period}",
         f"{algorithm}.val_at_start=true",
         f"{algorithm}.val_at_end=true",

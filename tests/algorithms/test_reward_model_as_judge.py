@@ -21,7 +21,6 @@ from nemo_rl.errors import ConfigError, ModelError
 from nemo_rl.interfaces import Resources
 from nemo_rl.workers.reward_model import RewardModelWorker
 from tiny_reward_model import train_reward_model  # pyright: ignore[reportImplicitRelativeImport]
-from tiny_run import launch, overrides, records  # pyright: ignore[reportImplicitRelativeImport]
 
 CONVERSATION = [Message(role="user", content="7?"), Message(role="assistant", content="yes 7")]
 
@@ -38,31 +37,6 @@ def spec(judge: Path | str, *more: str) -> str:
     return f"{{{', '.join(['type: reward_model', f'model_name: {judge}', 'precision: float32', *more])}}}"
 
 
-def please(model: Path, judge: Path, folder: Path, *more: str) -> list[dict[str, float | None]]:
-    """The steps of a GRPO run that the reward model judges."""
-    settings = [text for text in overrides(model, "operator:length_hint", folder) if not text.startswith("+env")]
-    steps = ("grpo.max_num_steps=12", "grpo.num_generations_per_prompt=8", "policy.train_global_batch_size=24")
-    launch([*settings, *steps, f"+env.function={spec(judge, *more)}"])
-    return records(folder)
-
-
-def mean(steps: list[dict[str, float | None]], name: str) -> float:
-    return sum(float(step[name] or 0) for step in steps) / len(steps)
-
-
-def test_a_policy_learns_to_please_its_reward_model_and_to_displease_the_negated_one(
-    tiny_llama: Path, judge: Path, tmp_path: Path
-) -> None:
-    pleased = please(tiny_llama, judge, tmp_path / "pleased")
-    score = "train/environment/score"
-    assert mean(pleased[-3:], "train/reward/mean") > mean(pleased[:3], "train/reward/mean") + 0.3
-    assert mean(pleased, "train/reward/mean") == pytest.approx(mean(pleased, score))
-    assert mean(pleased, "train/dropped_groups") == 0
-    displeased = please(tiny_llama, judge, tmp_path / "displeased", "reward_scale: -1.0")
-    assert displeased[0][score] == pytest.approx(pleased[0][score])
-    assert mean(displeased[-3:], score) < mean(displeased[:3], score) - 0.3
-
-
 def test_an_evaluation_takes_the_same_judge(tiny_llama: Path, judge: Path, tmp_path: Path) -> None:
     settings = [
         f"generation.model_name={tiny_llama}",
@@ -76,7 +50,7 @@ def test_an_evaluation_takes_the_same_judge(tiny_llama: Path, judge: Path, tmp_p
     evaluation = launch_eval(load_config(None, settings, EvalConfig))
     scores = [sample.score for sample in evaluation.samples]
     assert len(scores) == 6 and evaluation.num_dropped == 0
-    assert evaluation.estimate.mean == pytest.approx(sum(scores) / 6)
+    assert evaluation.estimate.value == pytest.approx(sum(scores) / 6)
 
 
 def test_under_ray_the_score_is_the_same(judge: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_environment_serves_several_event_loops_and_is_over_once_closed() ->
             assert asyncio.run(environment.step(messages, {})).rewards == {"reward": 3}
         asyncio.run(environment.close())
         asyncio.run(environment.close())
-        with pytest.raises(EnvironmentFailure, match="the reward model failed: .* was stopped"):
+        with pytest.raises(EnvironmentFailure, match=r"the reward model failed: .* was stopped"):
             asyncio.run(environment.step(messages, {}))
 
 

@@ -61,11 +61,11 @@ def test_answers_to_one_prompt_are_a_group(model: str, monkeypatch: pytest.Monke
 
 
 def test_a_conversation_that_cannot_be_scored_says_why_and_harms_no_other(model: str) -> None:
-    judge = worker(model, max_model_len=30)
+    judge = worker(model, max_model_len=50)
     long = conversation("1 + 1?", "two " * 30)
     good, why = judge.score([CONVERSATIONS[0], long])
     assert good == pytest.approx(plain_score(model, CONVERSATIONS[0]), rel=1e-5)
-    assert isinstance(why, str) and "tokens for the reward model and max_model_len is 30" in why
+    assert isinstance(why, str) and "tokens for the reward model and max_model_len is 50" in why
     assert len(judge.score([long])) == 1
     strict = worker(model, chat_template="{{ raise_exception('no system message') }}")
     assert "the chat template cannot write" in str(strict.score(CONVERSATIONS[:1])[0])
