@@ -121,7 +121,7 @@ def test_correction_multiplies_the_policy_loss_but_not_the_kl() -> None:
 
 
 def test_the_kl_in_the_loss_is_reweighted_by_how_much_likelier_the_token_is_now() -> None:
-    """Twice, half and e^30 times as likely as for the sampler, one nat (k1) above the reference; a fixed weight."""
+    """Twice, half and e^30 times as likely as for the sampler, one nat (k1) above the reference: fixed weights."""
     policy = torch.full((3,), -1.0, dtype=torch.float64).requires_grad_()
     log_weight = torch.tensor([math.log(2), -math.log(2), 30.0], dtype=torch.float64)
     tokens = tokens_of(
