@@ -45,7 +45,9 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
     while waiting := [receiver for rank, receiver in enumerate(receivers) if rank not in results]:
         ready = wait(waiting, timeout)
         if not ready:
-            raise TimeoutError(f"ranks {sorted(set(range(len(receivers))) - set(results))} said nothing for {timeout} s")
+            raise TimeoutError(
+                f"ranks {sorted(set(range(len(receivers))) - set(results))} said nothing for {timeout} s"
+            )
         for receiver in ready:
             rank = receivers.index(receiver)
             try:

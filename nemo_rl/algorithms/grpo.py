@@ -56,4 +56,5 @@ def train_grpo(config: GRPOConfig, run: Run, policy: Policy, source: RolloutSour
 
 def grpo_objective(config: GRPOConfig) -> ClippedPolicyObjective:
     """Build the objective of the `loss_fn` section."""
-    return policy_objective(config.loss_fn, on_policy=config.num_updates_per_step == 1)
+    unneeded = config.num_updates_per_step == 1 or not config.loss_fn.needs_old_logprobs
+    return policy_objective(config.loss_fn, on_policy=unneeded)

@@ -23,7 +23,7 @@ from nemo_rl.config.schema.reward_model import RMConfig
 from nemo_rl.config.schema.run import ExampleRunConfig
 from nemo_rl.config.schema.sft import SFTConfig
 from nemo_rl.data.lengths import UNCACHED, LengthCache
-from nemo_rl.data.supervised import Supervision, prepare_examples, prepare_preferences, prepare_scored
+from nemo_rl.data.supervised import Supervision, prepare_examples, prepare_judged, prepare_preferences, prepare_scored
 from nemo_rl.data.types import Chat, Example
 from nemo_rl.objectives.preference import KTOObjective
 from nemo_rl.training.pytorch.backend import Head
@@ -57,8 +57,8 @@ def launch_preference(loaded: LoadedConfig[DPOConfig], command: Sequence[str] = 
     config = loaded.config
     objective = preference_objective(config.dpo)
     if isinstance(objective, KTOObjective):
-        train = partial(train_on_judged, config.dpo, objective=objective)
-        return _launch(config, prepare_examples, train, command, with_reference=True)
+        train = partial(train_on_judged, config, objective=objective)
+        return _launch(config, prepare_judged, train, command, with_reference=True)
     train = partial(train_on_pairs, config.dpo, objective=objective)
     return _launch(config, prepare_preferences, train, command, with_reference=objective.needs_reference)
 
@@ -67,7 +67,8 @@ def launch_rm(loaded: LoadedConfig[RMConfig], command: Sequence[str] = ()) -> Ou
     """Train a reward model from start, or from the latest checkpoint, to the end of the run; see `_launch`."""
     config = loaded.config
     train = partial(train_rm, objective=rm_objective(config.rm))
-    return _launch(config, prepare_scored, train, command, head="scalar")
+    prepare = partial(prepare_scored, margins_wanted=config.rm.margin_scale > 0)
+    return _launch(config, prepare, train, command, head="scalar")
 
 
 def launch_off_policy_distillation(

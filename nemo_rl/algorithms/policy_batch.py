@@ -19,7 +19,6 @@ from nemo_rl.metrics import Max, Mean, Metrics, Min, Sum
 from nemo_rl.objectives.advantages import (
     decoupled_advantages,
     group_advantages,
-    normalize_over_batch,
     reinforce_plus_plus_advantages,
 )
 from nemo_rl.objectives.jagged import sequence_means, sequence_sums
@@ -35,7 +34,8 @@ def policy_objective(loss: LossConfig, *, on_policy: bool) -> ClippedPolicyObjec
 
     Args:
         loss: the section.
-        on_policy: whether a batch is trained on in one optimizer step, so that nothing has moved yet: rho is 1.
+        on_policy: whether the old log-probabilities are taken for the current ones: a batch is trained on in one
+            optimizer step, so that nothing has moved, or the loss has no ratio.
     """
     corrected = loss.correction
     return ClippedPolicyObjective(
@@ -74,8 +74,9 @@ def policy_batch(
 ) -> tuple[TokenBatch, Metrics]:
     """Lay the groups out as a batch and shape their rewards.
 
-    Sequence columns: `rewards` float32 [B] as shaped, `rewards/NAME` float32 [B] as the environment named them (0 where
-    an answer has none of that name), `valid` bool [B].
+    Sequence columns: `rewards` float32 [B] as shaped, `scaled_rewards` float32 [B] without the penalty for length,
+    `rewards/NAME` float32 [B] as the environment named them (0 where an answer has none of that name), and `valid` bool
+    [B].
 
     Args:
         loop: scaling, shaping and filtering.
@@ -92,7 +93,8 @@ def policy_batch(
     named = {f"rewards/{name}": torch.tensor([one.rewards.get(name, 0.0) for one in rollouts]) for name in names}
     truncated = batch.sequence_columns["truncated"]
     valid = ~truncated if loop.overlong_filtering else truncated.new_ones(truncated.shape)
-    rewards = shaped_rewards(loop, batch, max_new_tokens=max_new_tokens)
+    scaled = scaled_rewards(loop, batch)
+    rewards = scaled + length_penalties(loop, batch, max_new_tokens=max_new_tokens)
     staleness = [version - rollout.policy_version for rollout in rollouts]
     metrics: Metrics = {
         **_spread("shaped_reward", rewards),
@@ -101,23 +103,29 @@ def policy_batch(
         "share_filtered": Mean(float((~valid).sum()), len(valid)),
         "tokens_collected": Sum(batch.num_tokens),
     }
-    return batch.with_sequence_columns(rewards=rewards, valid=valid, **named), metrics
+    return batch.with_sequence_columns(rewards=rewards, scaled_rewards=scaled, valid=valid, **named), metrics
 
 
-def shaped_rewards(loop: RewardedLoopConfig, batch: TokenBatch, *, max_new_tokens: int) -> Tensor:
-    """Scale the column `rewards` and penalise overlong answers as the loop asks for: float32 [B]."""
-    rewards, scaling, shaping = batch.sequence_columns["rewards"], loop.reward_scaling, loop.reward_shaping
-    if scaling is not None:
-        source, target = (scaling.source_min, scaling.source_max), (scaling.target_min, scaling.target_max)
-        rewards = scale_rewards(rewards, source=source, target=target)
-    if shaping is not None:
-        rewards = rewards + overlong_penalty(
-            sequence_sums(batch.token_columns["loss_mask"].long(), batch.cu_seqlens),
-            max_length=shaping.max_response_length or max_new_tokens,
-            buffer=shaping.overlong_buffer_length,
-            penalty=shaping.overlong_buffer_penalty,
-        )
-    return rewards
+def scaled_rewards(loop: RewardedLoopConfig, batch: TokenBatch) -> Tensor:
+    """The column `rewards`, scaled as the loop asks for: float32 [B]."""
+    rewards, scaling = batch.sequence_columns["rewards"], loop.reward_scaling
+    if scaling is None:
+        return rewards
+    source, target = (scaling.source_min, scaling.source_max), (scaling.target_min, scaling.target_max)
+    return scale_rewards(rewards, source=source, target=target)
+
+
+def length_penalties(loop: RewardedLoopConfig, batch: TokenBatch, *, max_new_tokens: int) -> Tensor:
+    """What the loop adds to the rewards of overlong answers, at most 0: float32 [B]."""
+    shaping = loop.reward_shaping
+    if shaping is None:
+        return torch.zeros(batch.num_sequences)
+    return overlong_penalty(
+        sequence_sums(batch.token_columns["loss_mask"].long(), batch.cu_seqlens),
+        max_length=shaping.max_response_length or max_new_tokens,
+        buffer=shaping.overlong_buffer_length,
+        penalty=shaping.overlong_buffer_penalty,
+    )
 
 
 def with_advantages(config: GRPOConfig, batch: TokenBatch) -> tuple[TokenBatch, Metrics]:
@@ -153,14 +161,17 @@ def _advantages(config: GRPOConfig, batch: TokenBatch, kl: Tensor | None, mask: 
             leave_one_out, normalize = settings.use_leave_one_out_baseline, settings.normalize_rewards
             return batch.per_token(
                 group_advantages(
-                    rewards, batch.group_ids, leave_one_out=leave_one_out, normalize=normalize, valid=valid
+                    rewards,
+                    batch.group_ids,
+                    leave_one_out=leave_one_out,
+                    normalize=normalize,
+                    valid=valid,
+                    spread_of=batch.sequence_columns["scaled_rewards"],
                 )
             )
-        case ReinforcePlusPlusAdvantages() if settings.minus_baseline:
-            centred = group_advantages(rewards, batch.group_ids, leave_one_out=False, normalize=False, valid=valid)
-            tokens = batch.per_token(centred)
-            return normalize_over_batch(tokens if kl is None else tokens - weight * kl, mask)
         case ReinforcePlusPlusAdvantages():
+            if settings.minus_baseline:
+                rewards = group_advantages(rewards, batch.group_ids, leave_one_out=False, normalize=False, valid=valid)
             tokens = token_rewards(rewards, mask, batch.cu_seqlens)
             tokens = tokens if kl is None else tokens - weight * kl
             return reinforce_plus_plus_advantages(tokens, mask, batch.cu_seqlens)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from nemo_rl.algorithms.preference_batch import Reference, judged_batch, pair_batch
 from nemo_rl.algorithms.run import Run
-from nemo_rl.config.schema.preference import PreferenceLoopConfig
+from nemo_rl.config.schema.preference import DPOConfig, PreferenceLoopConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.supervised import Supervision
 from nemo_rl.data.types import Chat, ChatPair, Example, Preference, RolloutGroup
@@ -28,11 +28,12 @@ def train_on_pairs(
 
 
 def train_on_judged(
-    config: PreferenceLoopConfig, run: Run, policy: Policy, data: Supervision[Chat, Example], *, objective: KTOObjective
+    config: DPOConfig, run: Run, policy: Policy, data: Supervision[Chat, Example], *, objective: KTOObjective
 ) -> None:
     """Train on judged answers until the run ends; see `_train`."""
-    reference = Reference(policy, max_bytes=config.reference_cache_mib << 20)
-    _train(run, policy, data, objective, lambda examples: judged_batch(policy, examples, reference))
+    reference = Reference(policy, max_bytes=config.dpo.reference_cache_mib << 20)
+    longest = config.max_sequence_tokens
+    _train(run, policy, data, objective, lambda examples: judged_batch(policy, examples, reference, longest))
 
 
 def _train[Item, Ready](

@@ -9,7 +9,6 @@ from torch import Tensor
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.examples import mismatched
 from nemo_rl.data.types import Example, Preference
-from nemo_rl.errors import DataError
 from nemo_rl.objectives.jagged import sequence_sums
 from nemo_rl.objectives.preference import kto_reference_kl
 from nemo_rl.objectives.weights import loss_weights
@@ -81,22 +80,17 @@ def pair_batch(pairs: Sequence[Preference], reference: Reference | None) -> Toke
     return batch if reference is None else batch.with_columns(reference_logprobs=reference.logprobs(batch))
 
 
-def judged_batch(policy: Policy, examples: Sequence[Example], reference: Reference) -> TokenBatch:
+def judged_batch(policy: Policy, examples: Sequence[Example], reference: Reference, max_length: int) -> TokenBatch:
     """Lay judged answers side by side as KTO takes them, with the reference point of the whole batch.
 
     That is measured on every prompt with the answer of the next one, which a shuffled batch hardly ever repeats:
-    their reference log-probabilities are computed every time.
+    their reference log-probabilities are computed every time. Neither is longer than `max_length` tokens.
 
     Raises:
-        DataError: the answers are not judged, or there is only one.
+        DataError: there is only one answer.
     """
     batch = _weighted(TokenBatch.from_examples(examples))
-    if "chosen" not in batch.sequence_columns:
-        raise DataError(
-            "kto learns from answers that are judged good or bad, and these records have no label; give the data a "
-            "format of type judged, or choose another dpo.preference_loss"
-        )
-    others = TokenBatch.from_examples(mismatched(examples))
+    others = TokenBatch.from_examples(mismatched(examples, max_length))
     log_ratios = policy.logprobs(others) - reference.computed(others)
     point = kto_reference_kl(sequence_sums(log_ratios, others.cu_seqlens))
     batch = batch.with_columns(reference_logprobs=reference.logprobs(batch))

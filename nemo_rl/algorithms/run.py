@@ -13,7 +13,7 @@ from nemo_rl.algorithms.checkpoints import Checkpoints, Positioned, Trainable, T
 from nemo_rl.algorithms.ending import after_validation, end_of
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.data.types import RolloutGroup
-from nemo_rl.errors import CheckpointError
+from nemo_rl.errors import CheckpointError, DataError
 from nemo_rl.metrics import Metrics, Sum, prefixed, scalars
 from nemo_rl.observe.console import Console, Sample
 from nemo_rl.observe.logger import RunLogger
@@ -110,19 +110,20 @@ class Run:
         """After a failure save the last whole step; give Ctrl-C back and close the logs."""
         try:
             if isinstance(error, Exception) and self._unsaved is not None:
-                self._rescue(self._unsaved)
+                self._rescue(self._unsaved, error)
         finally:
             if self._handler is not None:
                 signal.signal(signal.SIGINT, self._handler)
             self._logger.close()
 
-    def _rescue(self, whole: WholeStep) -> None:
+    def _rescue(self, whole: WholeStep, failure: Exception) -> None:
         """Save a step after the next one failed; whatever goes wrong here must not hide that failure."""
         try:
             if self.checkpoints.optimizer_steps(whole.policy) != whole.optimizer_steps:
                 raise CheckpointError("the step that failed had begun to change the weights")
             self._save(whole.policy, whole)
-            self.console.note(f"step {self.step} is saved: the same command goes on after it")
+            goes_on = "" if isinstance(failure, DataError) else ": the same command goes on after it"
+            self.console.note(f"step {self.step} is saved{goes_on}")
         except Exception as error:
             self.console.note(f"step {self.step} cannot be saved: {error}")
 

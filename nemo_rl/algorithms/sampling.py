@@ -156,7 +156,7 @@ def _not_full(step: int, num_kept: int, wanted: int, rounds: Sequence[Collected]
     )
     return (
         f"step {step} has {num_kept} of its {wanted} groups after {len(rounds)} rounds of {judged + failed} prompts in"
-        f" all: the answers of {judged - num_kept} got equal rewards and {failed} could not be judged; use problems"
-        " that are neither too easy nor too hard, raise grpo.num_generations_per_prompt, or raise"
+        f" all: of {judged - num_kept} the answers that count got equal rewards and {failed} could not be judged; use"
+        " problems that are neither too easy nor too hard, raise grpo.num_generations_per_prompt, or raise"
         " grpo.dynamic_sampling.max_tries or batch_multiplier"
     )

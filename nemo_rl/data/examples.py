@@ -44,9 +44,19 @@ class ChatEncoder:
         """
         check_readable(chat.images, f"record {chat.index}")
         messages = self.prompt_format.with_own(chat.template, chat.system_prompt).around(chat.messages)
-        num_given = 0 if chat.desirable is None else len(messages) - 1
-        example = self._encode(messages, self.roles, chat.tools, num_given, chat.index)
+        roles, num_given = (self.roles, 0) if chat.desirable is None else (_ASSISTANT, len(messages) - 1)
+        example = self._encode(messages, roles, chat.tools, num_given, chat.index)
         return example and replace(example, desirable=chat.desirable)
+
+    def judged(self, chat: Chat) -> Example | None:
+        """Encode a judged conversation; see `example`.
+
+        Raises:
+            DataError: besides, nobody judged it.
+        """
+        if chat.desirable is None:
+            raise DataError(f"record {chat.index} is not judged good or bad, which kto needs; set its `desirable`")
+        return self.example(chat)
 
     def preference(self, pair: ChatPair) -> Preference | None:
         """Encode both conversations of a pair; None for a pair of which one is to be skipped.
@@ -131,10 +141,10 @@ def as_preference(chosen: Example | None, rejected: Example | None, pair: ChatPa
     return Preference(chosen, rejected, pair.margin, pair.index)
 
 
-def mismatched(examples: Sequence[Example]) -> list[Example]:
+def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     """Give every prompt the answer of the next example: what KTO estimates its reference point from.
 
-    The answer of an example is all from its first loss token on.
+    The answer of an example is all from its first loss token on, here cut off behind `max_length` tokens.
 
     Raises:
         DataError: there are fewer than two examples, so no other answer.
@@ -145,8 +155,8 @@ def mismatched(examples: Sequence[Example]) -> list[Example]:
     following = [*examples[1:], examples[0]]
     return [
         Example(
-            token_ids=torch.cat([example.token_ids[:start], other.token_ids[other_start:]]),
-            loss_mask=torch.cat([example.loss_mask[:start], other.loss_mask[other_start:]]),
+            token_ids=torch.cat([example.token_ids[:start], other.token_ids[other_start:]])[:max_length],
+            loss_mask=torch.cat([example.loss_mask[:start], other.loss_mask[other_start:]])[:max_length],
             index=example.index,
             desirable=example.desirable,
         )

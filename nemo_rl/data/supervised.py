@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.data.datasets.registry import load_chats, load_pairs
-from nemo_rl.data.datasets.streams import Source, held
+from nemo_rl.data.datasets.streams import ItemStream, Source, held
 from nemo_rl.data.examples import ChatEncoder
 from nemo_rl.data.lengths import UNCACHED, LengthCache, LengthFilter
 from nemo_rl.data.loader import Loader, one_pass
@@ -40,7 +40,7 @@ def prepare_examples(
     max_val_samples: int | None = None,
     lengths: LengthCache = UNCACHED,
 ) -> Supervision[Chat, Example]:
-    """Build what supervised fine-tuning learns from (and KTO, whose records are judged).
+    """Build what supervised fine-tuning learns from; answers that are judged bad are left out.
 
     Args:
         data: the section of the configuration.
@@ -55,12 +55,30 @@ def prepare_examples(
         DataError: the data are missing or malformed, or nothing is left for validation.
     """
     encoder = _encoder(data, tokenizer, max_length)
-    train, validation = load_chats(data, seed=seed)
-    if data.too_long == "filter":
-        shorter = LengthFilter(encoder.max_length or max_length, tokenizer, lengths, data.num_workers)
-        train = shorter.fitting(held(train, "too_long=filter cannot measure"), encoder.example_length, encoder.about)
-    loader = _loader(data, train, encoder.example, batch_size=batch_size, seed=seed)
-    return Supervision(loader, _encoded(validation, encoder.example, max_val_samples))
+    sources = load_chats(data, seed=seed)
+    return _prepare_chats(data, encoder, encoder.example, sources, batch_size, seed, max_val_samples, lengths)
+
+
+def prepare_judged(
+    data: ExampleDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_val_samples: int | None = None,
+    lengths: LengthCache = UNCACHED,
+) -> Supervision[Chat, Example]:
+    """Build what KTO learns from, judged answers of which a batch has at least two; see above."""
+    encoder = _encoder(data, tokenizer, max_length)
+    sources = load_chats(data, seed=seed, judged=True)
+    ready = _prepare_chats(data, encoder, encoder.judged, sources, batch_size, seed, max_val_samples, lengths)
+    if len(ready.validation) == 1:
+        raise DataError(
+            "kto compares each prompt with another one's answer, and the validation set has a single record; give "
+            "data.validation more, or raise dpo.max_val_samples"
+        )
+    return ready
 
 
 def prepare_preferences(
@@ -75,7 +93,8 @@ def prepare_preferences(
 ) -> Supervision[ChatPair, Preference]:
     """Build what preference training learns from: batches of `batch_size` pairs; see above."""
     encoder = _encoder(data, tokenizer, max_length)
-    return _prepare_pairs(data, encoder, tokenizer, batch_size, seed, max_val_samples, lengths)
+    pairs = load_pairs(data, seed=seed)
+    return _prepare_pairs(data, encoder, pairs, tokenizer, batch_size, seed, max_val_samples, lengths)
 
 
 def prepare_scored(
@@ -87,10 +106,11 @@ def prepare_scored(
     seed: int,
     max_val_samples: int | None = None,
     lengths: LengthCache = UNCACHED,
+    margins_wanted: bool = False,
 ) -> Supervision[ChatPair, Preference]:
     """Build what reward models learn from: batches of `batch_size` pairs, each answer with its score to be; see above.
 
-    The model takes the tokenizer's padding token for its own.
+    The model takes the tokenizer's padding token for its own. With `margins_wanted` the pairs must state margins.
     """
     pad = cast("int | None", tokenizer.pad_token_id)
     encoder = ScoreEncoder(
@@ -100,24 +120,53 @@ def prepare_scored(
         too_long=data.too_long,
         prompt_format=read_prompt_format(data.prompt, data.prompt_file, data.system_prompt_file),
     )
-    return _prepare_pairs(data, encoder, tokenizer, batch_size, seed, max_val_samples, lengths)
+    pairs = load_pairs(data, seed=seed)
+    if margins_wanted and not any(pair.margin for pair in one_pass(pairs[0], _as_it_is)):
+        raise DataError(
+            "rm.margin_scale asks for margins, and no pair of data.train states one; set it to 0, or margin_key in the "
+            "format of the data"
+        )
+    return _prepare_pairs(data, encoder, pairs, tokenizer, batch_size, seed, max_val_samples, lengths)
+
+
+def _prepare_chats(
+    data: ExampleDataConfig,
+    encoder: ChatEncoder,
+    encode: Callable[[Chat], Example | None],
+    sources: tuple[Source[Chat], Source[Chat] | None],
+    batch_size: int,
+    seed: int,
+    max_val_samples: int | None,
+    lengths: LengthCache,
+) -> Supervision[Chat, Example]:
+    train, validation = sources
+    if data.too_long == "filter" and encoder.max_length is not None:
+        shorter = LengthFilter(encoder.max_length, encoder.tokenizer, lengths, data.num_workers)
+        train = shorter.fitting(held(train, "too_long=filter cannot measure"), encoder.example_length, encoder.about)
+    loader = _loader(data, train, encode, batch_size=batch_size, seed=seed)
+    return Supervision(loader, _encoded(validation, encode, max_val_samples))
 
 
 def _prepare_pairs(
     data: ExampleDataConfig,
     encoder: ChatEncoder | ScoreEncoder,
+    sources: tuple[Source[ChatPair], Source[ChatPair] | None],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     seed: int,
     max_val_samples: int | None,
     lengths: LengthCache,
 ) -> Supervision[ChatPair, Preference]:
-    train, validation = load_pairs(data, seed=seed)
+    train, validation = sources
     if data.too_long == "filter" and encoder.max_length is not None:
         shorter = LengthFilter(encoder.max_length, tokenizer, lengths, data.num_workers)
         train = shorter.fitting(held(train, "too_long=filter cannot measure"), encoder.preference_length, encoder.about)
     loader = _loader(data, train, encoder.preference, batch_size=batch_size, seed=seed)
     return Supervision(loader, _encoded(validation, encoder.preference, max_val_samples))
+
+
+def _as_it_is(pair: ChatPair) -> ChatPair:
+    return pair
 
 
 def _encoder(data: ExampleDataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> ChatEncoder:
@@ -138,6 +187,7 @@ def _loader[Item, Ready](
     batch_size: int,
     seed: int,
 ) -> Loader[Item, Ready]:
+    encode(next(dataset.once()) if isinstance(dataset, ItemStream) else dataset[0])  # fails now, if the template does
     return Loader(dataset, batch_size, encode, shuffle=data.shuffle, seed=seed, num_workers=data.num_workers)
 
 

@@ -18,6 +18,7 @@ def group_advantages(
     leave_one_out: bool = True,
     normalize: bool = True,
     valid: Tensor | None = None,
+    spread_of: Tensor | None = None,
 ) -> Tensor:
     """Compare each reward with its group: A = (r - b) / (std + 1e-6), or r - b where std is 0 or `normalize` is off.
 
@@ -30,11 +31,16 @@ def group_advantages(
         leave_one_out: whether baseline and deviation leave the sample itself out.
         normalize: whether to divide by the deviation.
         valid: bool [B], false for samples that count nowhere; None keeps all.
+        spread_of: float [B], the rewards whose deviation is divided by, where `rewards` hold penalties of a KL term or
+            of length besides: with them, answers of equal reward differ by next to nothing, and dividing by that would
+            blow the advantage up. None: `rewards` themselves.
 
     Returns:
         float32 [B]; 0 for samples that are not valid or have no valid peer.
     """
     baseline, std = group_baseline(rewards, group_ids, leave_one_out=leave_one_out, valid=valid)
+    if spread_of is not None:
+        _, std = group_baseline(spread_of, group_ids, leave_one_out=leave_one_out, valid=valid)
     advantages = rewards.double() - baseline
     if normalize:
         advantages = torch.where(std > 0, advantages / (std + _EPSILON), advantages)
@@ -79,9 +85,6 @@ def group_baseline(
 def normalize_over_batch(values: Tensor, mask: Tensor) -> Tensor:
     """Centre and scale what counts in the global batch: (x - mean) / (std + 1e-6), or 0 where all are equal.
 
-    With the advantages of tokens and `loss_mask` it is the last step of REINFORCE++-baseline (Hu et al., 2025), whose
-    first is `group_advantages(..., leave_one_out=False, normalize=False)`.
-
     Args:
         values: float [N] or [B].
         mask: bool, of the same shape: what counts.
@@ -100,6 +103,9 @@ def reinforce_plus_plus_advantages(
     rewards: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0
 ) -> Tensor:
     """Rewards to come, normalised over the loss tokens of the global batch (Hu et al., "REINFORCE++", 2025).
+
+    REINFORCE++-baseline compares within the group first: its rewards are those of
+    `group_advantages(..., leave_one_out=False, normalize=False)`.
 
     Args:
         rewards: float [N], per token: `rewards.token_rewards` minus the weighted KL to the reference.

@@ -170,7 +170,8 @@ class ClippedPolicyObjective:
         kl_input_clamp: see `kl_penalty`.
         kl_output_clamp: see `kl_penalty`.
         kl_reweighted: the KL term times exp(policy - roll) without gradient, as its tokens come from the sampler.
-        on_policy: the batch is trained on in a single step, so the old log-probabilities are the current ones.
+        on_policy: the old log-probabilities are the current ones: the batch is trained on in a single step, or the loss
+            has no ratio (the figures of ratio and sampler then speak of the current weights).
         policy_loss: `clipped_policy_loss`, `cispo_loss` or `reinforce_loss`.
         sequence_level_ratio: GSPO's ratio, see `sequence_level_logprobs`.
         correction: how the policy loss is weighed for a sampler that differs from the trainer, see

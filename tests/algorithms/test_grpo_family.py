@@ -120,6 +120,8 @@ def test_settings_that_mean_the_same_give_the_same_run(
         ((KL,), 1),
         ((KL, IN_REWARD), 2),
         ((KL, IN_REWARD, "grpo.num_epochs_per_step=2"), 2),
+        (("loss_fn.policy_loss=reinforce", "grpo.num_epochs_per_step=2"), 0),  # has no ratio
+        (("loss_fn.policy_loss=reinforce", "loss_fn.correction={type: token}", "grpo.num_epochs_per_step=2"), 1),
     ],
 )
 def test_no_pass_is_made_that_nothing_needs(

@@ -164,6 +164,11 @@ def test_a_pair_is_never_split_while_it_fits() -> None:
         ("dpo.preference_loss_weight=0", "are both 0, so nothing is learnt"),
         ("dpo.label_smoothing=0.5", "less than 0.5"),
         ("dpo.preference_loss=dop", "did you mean 'dpo'"),
+        ("dpo={preference_loss: kto, sft_loss_weight: 1.0}", "sft_loss_weight = 1.0 has no effect on .* = kto"),
+        ("dpo={preference_loss: kto, preference_average_log_probs: true}", "no effect on preference_loss = kto"),
+        ("dpo={preference_loss: ipo, label_smoothing: 0.1}", "no effect on preference_loss = ipo, only on dpo"),
+        ("dpo.simpo_margin=2.0", "simpo_margin = 2.0 has no effect on preference_loss = dpo, only on simpo"),
+        ("dpo.desirable_weight=5.0", "only on kto: leave it out"),
         ("dpo.early_stopping.patience=2", "val_period = 0 makes none"),
         ("dpo.early_stopping.metric_name=train:loss", "early_stopping.metric_name"),
         ("policy.generation={backend: hf}", "unknown key policy.generation"),
@@ -176,7 +181,7 @@ def test_settings_that_cannot_work_are_refused(setting: str, message: str) -> No
 
 def test_kto_asks_for_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
     given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.val_at_start=false")
-    with pytest.raises(DataError, match="these records have no label"):
+    with pytest.raises(DataError, match="is not judged good or bad, which kto needs"):
         launch_preference(load_config(None, given, DPOConfig))
 
 

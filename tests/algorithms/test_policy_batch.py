@@ -232,6 +232,22 @@ def test_the_kl_in_the_reward_is_the_estimate_asked_for(setting: str, estimate: 
     assert first - second == pytest.approx(1 + 0.5 * (4 - 2) * estimate)
 
 
+SIZES = ("grpo.num_generations_per_prompt=4", "policy.generation.max_new_tokens=1000")
+
+
+@pytest.mark.parametrize(
+    "penalty", [IN_REWARD, ("grpo.reward_shaping={overlong_buffer_length: 1000}",)], ids=["kl", "length"]
+)
+def test_answers_that_differ_by_a_penalty_alone_do_not_blow_the_advantages_up(penalty: tuple[str, ...]) -> None:
+    """One right answer of four; without it the others are worth the same but for some thousandths of a penalty."""
+    answers = ((1.0, 4, "stop"), (0.0, 4, "stop"), (0.0, 5, "stop"), (0.0, 6, "stop"))
+    batch, _ = laid_out(config(*SIZES, *penalty), [group(0, *answers)], kl=0.001)
+    assert batch.sequence_columns["rewards"].unique().numel() == (2 if penalty is IN_REWARD else 4)
+    bare, _ = laid_out(config(*SIZES), [group(0, *answers)])
+    expected = bare.sequence_columns["advantages"]
+    torch.testing.assert_close(batch.sequence_columns["advantages"], expected, rtol=0, atol=0.01)
+
+
 def test_reinforce_plus_plus_pays_the_kl_where_it_arises_and_normalises_over_tokens() -> None:
     """Of two answers, of 1 and 2 tokens with the rewards 1 and 0, the rewards to come are 0.9 and -0.2, -0.1."""
     one = ("grpo.num_generations_per_prompt=1", "policy.train_global_batch_size=2")
@@ -253,13 +269,13 @@ def test_reinforce_plus_plus_baseline_subtracts_the_group_first() -> None:
     assert batch.sequence_columns["advantages"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_reinforce_plus_plus_baseline_pays_the_kl_at_its_token() -> None:
-    """Of 1 and 2 tokens, the last at 0.4 from the reference: 0.5, -0.5 and -0.7 before the batch is normalised."""
+def test_reinforce_plus_plus_baseline_pays_the_kl_that_is_to_come() -> None:
+    """Of 1 and 2 tokens, the last two at 0.2 and 0.4: 0.5, -0.8 and -0.7 before the batch is normalised."""
     settings = config("grpo.adv_estimator={name: reinforce_plus_plus, minus_baseline: true}", *IN_REWARD)
-    kl = torch.tensor([0.0] * PROMPT + [0.0] + [0.0] * PROMPT + [0.0, 0.4])
+    kl = torch.tensor([0.0] * PROMPT + [0.0] + [0.0] * PROMPT + [0.2, 0.4])
     batch, _ = laid_out(settings, [group(0, (1.0, 1, "stop"), (0.0, 2, "stop"))], kl=kl)
     found = batch.token_columns["advantages"][batch.token_columns["loss_mask"]]
-    before = torch.tensor([0.5, -0.5, -0.7])
+    before = torch.tensor([0.5, -0.8, -0.7])
     torch.testing.assert_close(found, (before - before.mean()) / before.std(), rtol=1e-5, atol=1e-5)
 
 

@@ -15,6 +15,7 @@ SHAPING = "grpo.reward_shaping={overlong_buffer_length: 4}"
 CONFLICTS: dict[tuple[str, ...], str] = {
     ("loss_fn.ratio_clip_c=3.0", "loss_fn.policy_loss=cispo"): "ratio_clip_c bounds the clipped loss",
     ("loss_fn.ratio_level=sequence", "loss_fn.policy_loss=reinforce"): "reinforce has no ratio",
+    ("loss_fn.policy_loss=reinforce", "loss_fn.ratio_clip_min=0.1"): "reinforce has no ratio, which ratio_clip_min",
     (*KL_IN_REWARD, "loss_fn.use_on_policy_kl_approximation=true"): "weighs a KL term in the loss",
     ("loss_fn.correction={type: token, low: 2.0}",): "low = 2 is not below high = 2",
     ("loss_fn.correction={type: sequence, low: 3.0}",): "low = 3 is not below high = 2",

@@ -78,7 +78,7 @@ def test_tools_and_tool_calls_are_kept(tmp_path: Path) -> None:
 def test_judged_answers_say_whether_they_are_desirable(tmp_path: Path) -> None:
     labels = [True, False, 1, 0]
     spec = local(tmp_path, *({"prompt": "2 + 2?", "completion": "4", "label": label} for label in labels))
-    chats = build_chats(spec, "train")
+    chats = build_chats(spec, "train", judged=True)
     assert [chats[index].desirable for index in range(4)] == [True, False, True, False]
     with pytest.raises(DataError, match="line 1 has label 'yes', which is neither true nor false"):
         chat(tmp_path, {"prompt": "2 + 2?", "completion": "4", "label": "yes"})

@@ -181,6 +181,19 @@ class GRPOLoopConfig(RewardedLoopConfig):
         return self
 
 
+def check_penalty(section: str, loop: RewardedLoopConfig, max_new_tokens: int) -> None:
+    """Refuse a penalty for length that begins before an answer does."""
+    shaping = loop.reward_shaping
+    longest = (shaping.max_response_length or max_new_tokens) if shaping else 0
+    if shaping and shaping.overlong_buffer_length > longest:
+        key = f"{section}.reward_shaping.overlong_buffer_length"
+        raise conflict(
+            f"{key} = {shaping.overlong_buffer_length} is more than the longest answer, {longest} tokens: lower it",
+            key,
+            "policy.generation.max_new_tokens",
+        )
+
+
 class GRPOConfig(SampledRunConfig):
     """A GRPO run."""
 
@@ -211,15 +224,7 @@ class GRPOConfig(SampledRunConfig):
 
     @model_validator(mode="after")
     def _penalty_has_room(self) -> Self:
-        shaping, answer = self.grpo.reward_shaping, self.policy.generation.max_new_tokens
-        longest = (shaping.max_response_length or answer) if shaping else answer
-        if shaping and shaping.overlong_buffer_length > longest:
-            raise conflict(
-                f"grpo.reward_shaping.overlong_buffer_length = {shaping.overlong_buffer_length} is more than the"
-                f" longest answer, {longest} tokens: lower it",
-                "grpo.reward_shaping.overlong_buffer_length",
-                "policy.generation.max_new_tokens",
-            )
+        check_penalty(self.algorithm, self.grpo, self.policy.generation.max_new_tokens)
         return self
 
     @model_validator(mode="after")

@@ -125,6 +125,11 @@ class LossConfig(Section):
     """Weigh the KL term in the loss by how much likelier a token is now than it was for the sampler."""
 
     @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the loss compares with the weights before the step, if these have moved since."""
+        return self.policy_loss != "reinforce" or self.correction is not None
+
+    @property
     def kl_in_loss(self) -> bool:
         """Whether the loss compares with the starting weights."""
         return self.reference_policy_kl_penalty > 0 and self.reference_policy_kl_place == "loss"
@@ -140,6 +145,13 @@ class LossConfig(Section):
             raise conflict(
                 f"ratio_clip_c bounds the clipped loss, and policy_loss = {self.policy_loss}: set the first to null",
                 "ratio_clip_c",
+                "policy_loss",
+            )
+        if self.policy_loss == "reinforce" and (self.ratio_clip_min, self.ratio_clip_max) != (0.2, 0.2):
+            raise conflict(
+                "policy_loss = reinforce has no ratio, which ratio_clip_min and ratio_clip_max bound: leave them out",
+                "ratio_clip_min",
+                "ratio_clip_max",
                 "policy_loss",
             )
         if self.ratio_level == "sequence" and self.policy_loss == "reinforce":

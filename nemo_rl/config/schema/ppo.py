@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nemo_rl.config.schema.algorithms import RewardedLoopConfig
+from nemo_rl.config.schema.algorithms import RewardedLoopConfig, check_penalty
 from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, conflict
 from nemo_rl.config.schema.loss import LossConfig
 from nemo_rl.config.schema.policy import TrainedPolicyConfig
@@ -140,6 +140,11 @@ class PPOConfig(SampledRunConfig):
                 return {**values, "value": {**like, **value}}
             case _:
                 return values
+
+    @model_validator(mode="after")
+    def _penalty_has_room(self) -> Self:
+        check_penalty(self.algorithm, self.ppo, self.policy.generation.max_new_tokens)
+        return self
 
     @model_validator(mode="after")
     def _critic_fits(self) -> Self:

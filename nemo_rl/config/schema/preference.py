@@ -7,6 +7,19 @@ from pydantic import Field, model_validator
 from nemo_rl.config.schema.base import NonNegativeInt, PositiveFloat, conflict
 from nemo_rl.config.schema.run import ExampleLoopConfig, ExampleRunConfig, check_room_for_pairs
 
+_PAIRS = ("dpo", "ipo", "hinge", "simpo", "orpo")
+_READ_BY = {
+    "label_smoothing": ("dpo",),
+    "simpo_margin": ("simpo",),
+    "preference_average_log_probs": _PAIRS,
+    "preference_loss_weight": _PAIRS,
+    "sft_loss_weight": _PAIRS,
+    "sft_average_log_probs": _PAIRS,
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Which losses a setting has an effect on."""
+
 
 class PreferenceLoopConfig(ExampleLoopConfig):
     """The preference loss, and steps, validation and seed of the loop."""
@@ -45,6 +58,19 @@ class PreferenceLoopConfig(ExampleLoopConfig):
     reference_cache_mib: NonNegativeInt = 1024
     """Keep the reference's log-probabilities in up to so many MiB of the driver's memory, so that those of a record are
     computed once (4 bytes a token of an answer, 256 an answer); 0 computes them every time."""
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        for name, losses in _READ_BY.items():
+            given = getattr(self, name)
+            if self.preference_loss not in losses and given != type(self).model_fields[name].default:
+                raise conflict(
+                    f"{name} = {given} has no effect on preference_loss = {self.preference_loss}, only on"
+                    f" {', '.join(losses)}: leave it out",
+                    name,
+                    "preference_loss",
+                )
+        return self
 
     @property
     def needs_reference(self) -> bool:

@@ -45,6 +45,18 @@ class SourceConfig(PromptedConfig):
     buffer_size: PositiveInt = 10_000
     """Records that a streamed data set holds to shuffle them."""
 
+    malformed: Literal["error", "skip"] = "error"
+    """What happens to records that cannot be read: `error` stops before the first step and names one, `skip` leaves
+    them out and says how many."""
+
+    @model_validator(mode="after")
+    def _held_records_are_looked_through(self) -> Self:
+        if self.streaming and self.malformed == "skip":
+            raise conflict(
+                "a streamed data set cannot be looked through before the run: set malformed to error", "malformed"
+            )
+        return self
+
 
 class CustomDataConfig(PromptedConfig):
     """A data set of your own, by import path; each of its tasks names its environment."""

@@ -148,19 +148,16 @@ class RecordDataset[Item]:
     """Items made from records when they are asked for."""
 
     def __init__(self, table: Table, reader: Reader[Item]) -> None:
-        """Look at the first record, or at every line of a file that has lines.
-
-        Elsewhere a record that is malformed further on shows when its item is asked for.
+        """Look at the first record.
 
         Raises:
-            DataError: there is no record, or one that was looked at is malformed.
+            DataError: there is no record, or the first one is malformed.
         """
         check_not_empty(len(table.records), table.source)
         self._table = table
         self._reader = reader
         self._fingerprint: str | None = None
-        for index in range(1 if table.lines is None else len(self)):
-            self[index]
+        self[0]
 
     def __len__(self) -> int:
         """Number of records."""
@@ -179,7 +176,11 @@ class RecordDataset[Item]:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all records and of how they are read."""
+        """Hash of all records and of how they are read.
+
+        Raises:
+            DataError: one of them is malformed.
+        """
         if self._fingerprint is None:
             self._fingerprint = self._hash()
         return self._fingerprint
@@ -187,7 +188,9 @@ class RecordDataset[Item]:
     def _hash(self) -> str:
         digest = hashlib.sha256(repr(self._reader).encode())
         for index in range(len(self)):
-            digest.update(told(self._table.records[index]).encode())
+            record = self._table.records[index]
+            self._reader.read(record, index, self._table.where(index))
+            digest.update(told(record).encode())
         return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from nemo_rl.config.schema.data import (
@@ -21,7 +22,7 @@ from nemo_rl.config.schema.examples import (
     HubExamplesConfig,
     LocalExamplesConfig,
 )
-from nemo_rl.config.schema.formats import ChoiceFormat
+from nemo_rl.config.schema.formats import ChoiceFormat, JudgedFormat
 from nemo_rl.config.schema.sources import CustomDataConfig, SourceConfig
 from nemo_rl.data.datasets.arithmetic import ArithmeticDataset, unrepeatable_questions
 from nemo_rl.data.datasets.arithmetic_answers import ArithmeticChats, ArithmeticPairs
@@ -70,8 +71,13 @@ def build_dataset(spec: DataSpec, split: str, *, held_out: Source[Task] | None =
             return _read(spec, split, Task, _problem_reader, lambda known: known.problems or known.pictures)
 
 
-def build_chats(spec: ExampleSpec, split: str) -> Source[Chat]:
-    """Build the conversations that a spec describes; those of a judged layout say whether they are desirable.
+def build_chats(spec: ExampleSpec, split: str, *, judged: bool = False) -> Source[Chat]:
+    """Build the conversations that a spec describes.
+
+    Args:
+        spec: of the data set.
+        split: `train` or `validation`.
+        judged: whether their last answers are to be judged good or bad; if not, those that are judged bad are left out.
 
     Raises:
         DataError: the data are missing, empty, malformed or of another kind.
@@ -83,10 +89,11 @@ def build_chats(spec: ExampleSpec, split: str) -> Source[Chat]:
         case CustomDataConfig():
             return prompted(load_custom(spec.path, spec.kwargs, Chat), spec)
         case ExampleMixtureConfig():
-            parts = [build_chats(part.data, split) for part in spec.datasets]
+            parts = [build_chats(part.data, split, judged=judged) for part in spec.datasets]
             return _mixed(parts, [part.weight for part in spec.datasets], spec.repeat)
         case _:
-            return _read(spec, split, Chat, _chat_reader, lambda known: known.chats or known.pictures)
+            choose = partial(_chat_reader, judged=judged)
+            return _read(spec, split, Chat, choose, lambda known: known.chats or known.pictures)
 
 
 def build_pairs(spec: ExampleSpec, split: str) -> Source[ChatPair]:
@@ -122,12 +129,12 @@ def load_tasks(
     return train, None if data.validation is None else build_dataset(data.validation, "validation")
 
 
-def load_chats(data: ExampleDataConfig, *, seed: int) -> tuple[Source[Chat], Source[Chat] | None]:
+def load_chats(data: ExampleDataConfig, *, seed: int, judged: bool = False) -> tuple[Source[Chat], Source[Chat] | None]:
     """Build the conversations to learn from, and those for validation if there are any; see `load_tasks`."""
-    train = build_chats(data.train, "train")
+    train = build_chats(data.train, "train", judged=judged)
     if size := data.split_validation_size:
         return split_off(held(train, "split_validation_size cannot divide"), size, seed=seed)
-    return train, None if data.validation is None else build_chats(data.validation, "validation")
+    return train, None if data.validation is None else build_chats(data.validation, "validation", judged=judged)
 
 
 def load_pairs(data: ExampleDataConfig, *, seed: int) -> tuple[Source[ChatPair], Source[ChatPair] | None]:
@@ -201,7 +208,8 @@ def _items[Item](
     opened: Table | RecordStream, reader: Reader[Item], unwanted: Unwanted | None, spec: SourceConfig
 ) -> Source[Item]:
     if isinstance(opened, Table):
-        return RecordDataset(opened if unwanted is None else _leave_out(opened, unwanted), reader)
+        table = opened if unwanted is None else _leave_out(opened, unwanted)
+        return RecordDataset(_readable(table, reader) if spec.malformed == "skip" else table, reader)
     stream = ItemStream(opened, reader, spec.buffer_size, unwanted)
     first = next(stream.once(), None)
     check_not_empty(0 if first is None else 1, opened.source)
@@ -225,14 +233,24 @@ def _problem_reader(spec: RecordsConfig, opened: Table | RecordStream) -> tuple[
 
 
 def _chat_reader(
-    spec: LocalExamplesConfig | HubExamplesConfig | BuiltinDataConfig, opened: Table | RecordStream
+    spec: LocalExamplesConfig | HubExamplesConfig | BuiltinDataConfig, opened: Table | RecordStream, *, judged: bool
 ) -> tuple[Reader[Chat], Unwanted | None]:
     if not isinstance(spec, BuiltinDataConfig):
-        return chat_reader(opened, spec.format), None
-    known = BUILTIN[spec.name]
-    if known.pictures is not None:
-        return PictureChats(known.pictures, spec.image_folder), None
-    return chat_reader(opened, known.chats), None
+        reader = chat_reader(opened, spec.format)
+    elif (pictures := BUILTIN[spec.name].pictures) is not None:
+        return PictureChats(pictures, spec.image_folder), None
+    else:
+        reader = chat_reader(opened, BUILTIN[spec.name].chats)
+    match reader.fields:
+        case JudgedFormat(label_key=label):
+            return reader, None if judged else Unwanted(label, (False,), "an answer that is judged bad")
+        case _ if judged:
+            raise DataError(
+                f"kto learns from answers that are judged good or bad, and the records of {opened.source} have no label"
+                "; give the data a format of type judged, or choose another dpo.preference_loss"
+            )
+        case _:
+            return reader, None
 
 
 def _pair_reader(
@@ -241,6 +259,23 @@ def _pair_reader(
     reader = pair_reader(opened, BUILTIN[spec.name].pairs if isinstance(spec, BuiltinDataConfig) else spec.format)
     fields = reader.fields
     return reader, Unwanted(fields.preference_key, (0,), "no preference") if isinstance(fields, ChoiceFormat) else None
+
+
+def _readable(table: Table, reader: Reader[Any]) -> Table:
+    """Leave out what cannot be read, and say how many records that are and what ails the first."""
+    kept: list[int] = []
+    reason = ""
+    for index in range(len(table.records)):
+        try:
+            reader.read(table.records[index], index, table.where(index))
+        except DataError as error:
+            reason = reason or str(error)
+        else:
+            kept.append(index)
+    if left_out := len(table.records) - len(kept):
+        total = len(table.records)
+        _log.info("%s: %d of %d records are malformed and are left out (%s)", table.source, left_out, total, reason)
+    return table.select(kept)
 
 
 def _leave_out(table: Table, unwanted: Unwanted) -> Table:
