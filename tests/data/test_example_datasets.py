@@ -220,6 +220,21 @@ def test_a_split_off_validation_set_is_disjoint_and_repeatable(tmp_path: Path, s
         ExampleDataConfig(train=data.train, validation=data.train, split_validation_size=size)
 
 
+@pytest.mark.parametrize(("size", "count"), [(5, 5), (0.2, 5), (1, 1)])
+def test_what_validates_is_drawn_before_anything_is_mixed_or_shown_again(
+    tmp_path: Path, size: float, count: int
+) -> None:
+    parts = [{"weight": 1, "data": numbered(tmp_path, name, length)} for name, length in (("a", 20), ("b", 5))]
+    spec = SPEC.validate_python({"name": "mixture", "datasets": parts, "repeat": 3})
+    train, validation = load_chats(ExampleDataConfig(train=spec, split_validation_size=size), seed=1)
+    assert validation is not None
+    learnt, held_out = set(asked(train)), asked(validation)
+    assert len(held_out) == len(set(held_out)) == count
+    assert not learnt & set(held_out)
+    assert learnt | set(held_out) == {f"a{i}" for i in range(20)} | {f"b{i}" for i in range(5)}
+    assert sum(word.startswith("b") for word in held_out) == count // 5
+
+
 def test_arithmetic_is_there_without_a_file() -> None:
     spec = SPEC.validate_python({"name": "arithmetic", "num_samples": 300})
     chats, pairs = build_chats(spec, "train"), build_pairs(spec, "train")

@@ -110,16 +110,14 @@ def test_mismatched_prompts_get_the_next_answer() -> None:
     chats = [Chat(({"role": "user", "content": ask}, {"role": "assistant", "content": say})) for ask, say in
              [("One?", "Uno."), ("And then, after that one?", "Dos, and more."), ("Three?", "Tres.")]]  # fmt: skip
     examples = [replace(example(chat), desirable=True) for chat in chats]
-    longest = max(len(item.token_ids) for item in examples)
-    crossed = mismatched(examples, longest + 9)
+    crossed = mismatched(examples, 999)
+    longest = max(len(item.token_ids) for item in crossed) - 1
     assert [words(item) for item in crossed] == ["Dos, and more.<|im_end|>", "Tres.<|im_end|>", "Uno.<|im_end|>"]
     assert ["One?" in tokenizer().decode(item.token_ids) for item in crossed] == [True, False, False]
     assert all(len(item.token_ids) == len(item.loss_mask) for item in crossed)
-    assert max(len(item.token_ids) for item in crossed) <= longest + 9
     for item, cut in zip(crossed, mismatched(examples, longest), strict=True):  # no longer than any record may be
         assert len(cut.token_ids) == len(cut.loss_mask) == min(longest, len(item.token_ids))
         assert torch.equal(cut.token_ids, item.token_ids[:longest]) and cut.loss_mask.any()
-    assert any(len(item.token_ids) > longest for item in crossed)
     with pytest.raises(DataError, match="at least 2 examples"):
         mismatched(examples[:1], longest)
 

@@ -123,7 +123,7 @@ def test_answers_that_are_judged_bad_are_not_imitated(
     with caplog.at_level(logging.INFO):
         made = prepare({"train": train})
     drawn = [example for _ in range(4) for example in next(made.loader)]
-    assert {tokenizer().decode(example.token_ids[example.loss_mask]) for example in drawn} == {"good<|im_end|>"}
+    assert all(tokenizer().decode(one.token_ids[one.loss_mask]) == "good<|im_end|>" for one in drawn)
     if not streaming:
         assert "4 of 12 records have an answer that is judged bad and are left out" in caplog.text
     sizes = {"batch_size": 12, "max_length": 64, "seed": 3}

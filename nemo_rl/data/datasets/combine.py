@@ -52,6 +52,30 @@ def repeated[Item: (Task, Chat, ChatPair)](dataset: ItemDataset[Item], times: in
     return part(dataset, torch.arange(len(dataset)).repeat(times))
 
 
+def split_off_parts[Item: (Task, Chat, ChatPair)](
+    datasets: Sequence[ItemDataset[Item]], size: float, *, seed: int
+) -> list[tuple[ItemDataset[Item], ItemDataset[Item] | None]]:
+    """Draw a validation set from several data sets, from each in proportion to its items; see `split_off`.
+
+    Returns:
+        Of each data set what is left, and what was drawn or None for nothing.
+
+    Raises:
+        DataError: nothing would be left of one of them.
+    """
+    lengths = torch.tensor([len(dataset) for dataset in datasets], dtype=torch.float64)
+    total = int(lengths.sum())
+    wanted = int(size) if size >= 1 else max(1, round(size * total))
+    exact = lengths * wanted / total
+    counts = exact.floor().long()
+    largest_rest = (exact - counts).argsort(descending=True, stable=True)
+    counts[largest_rest[: wanted - int(counts.sum())]] += 1
+    return [
+        split_off(dataset, count, seed=seed) if count else (dataset, None)
+        for dataset, count in zip(datasets, counts.tolist(), strict=True)
+    ]
+
+
 def split_off[Item: (Task, Chat, ChatPair)](
     dataset: ItemDataset[Item], size: float, *, seed: int
 ) -> tuple[Combined[Item], Combined[Item]]:

@@ -148,16 +148,19 @@ class RecordDataset[Item]:
     """Items made from records when they are asked for."""
 
     def __init__(self, table: Table, reader: Reader[Item]) -> None:
-        """Look at the first record.
+        """Look at the first record, or at every line of a file that has lines.
+
+        Elsewhere the records further on are looked at by `fingerprint`, and when their items are asked for.
 
         Raises:
-            DataError: there is no record, or the first one is malformed.
+            DataError: there is no record, or one that was looked at is malformed.
         """
         check_not_empty(len(table.records), table.source)
         self._table = table
         self._reader = reader
         self._fingerprint: str | None = None
-        self[0]
+        for index in range(1 if table.lines is None else len(self)):
+            self[index]
 
     def __len__(self) -> int:
         """Number of records."""
@@ -189,7 +192,8 @@ class RecordDataset[Item]:
         digest = hashlib.sha256(repr(self._reader).encode())
         for index in range(len(self)):
             record = self._table.records[index]
-            self._reader.read(record, index, self._table.where(index))
+            if self._table.lines is None:
+                self._reader.read(record, index, self._table.where(index))
             digest.update(told(record).encode())
         return digest.hexdigest()
 

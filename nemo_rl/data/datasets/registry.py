@@ -23,12 +23,12 @@ from nemo_rl.config.schema.examples import (
     LocalExamplesConfig,
 )
 from nemo_rl.config.schema.formats import ChoiceFormat, JudgedFormat
-from nemo_rl.config.schema.sources import CustomDataConfig, SourceConfig
+from nemo_rl.config.schema.sources import CustomDataConfig, LoadingConfig, SourceConfig
 from nemo_rl.data.datasets.arithmetic import ArithmeticDataset, unrepeatable_questions
 from nemo_rl.data.datasets.arithmetic_answers import ArithmeticChats, ArithmeticPairs
 from nemo_rl.data.datasets.builtin import BUILTIN, Builtin, open_builtin
 from nemo_rl.data.datasets.chats import threads
-from nemo_rl.data.datasets.combine import mixture, repeated, split_off
+from nemo_rl.data.datasets.combine import mixture, repeated, split_off, split_off_parts
 from nemo_rl.data.datasets.custom import ProcessedReader, load_custom
 from nemo_rl.data.datasets.hub import open_hub, stream_hub
 from nemo_rl.data.datasets.layouts import chat_reader, pair_reader
@@ -123,26 +123,38 @@ def load_tasks(
     Raises:
         DataError: the data are missing, empty or malformed.
     """
-    train = build_dataset(data.train, "train", held_out=held_out)
-    if size := data.split_validation_size:
-        return split_off(held(train, "split_validation_size cannot divide"), size, seed=seed)
-    return train, None if data.validation is None else build_dataset(data.validation, "validation")
+    train, drawn = _train_and_drawn(partial(build_dataset, held_out=held_out), data.train, data, seed)
+    return train, drawn if data.validation is None else build_dataset(data.validation, "validation")
 
 
 def load_chats(data: ExampleDataConfig, *, seed: int, judged: bool = False) -> tuple[Source[Chat], Source[Chat] | None]:
     """Build the conversations to learn from, and those for validation if there are any; see `load_tasks`."""
-    train = build_chats(data.train, "train", judged=judged)
-    if size := data.split_validation_size:
-        return split_off(held(train, "split_validation_size cannot divide"), size, seed=seed)
-    return train, None if data.validation is None else build_chats(data.validation, "validation", judged=judged)
+    build = partial(build_chats, judged=judged)
+    train, drawn = _train_and_drawn(build, data.train, data, seed)
+    return train, drawn if data.validation is None else build(data.validation, "validation")
 
 
 def load_pairs(data: ExampleDataConfig, *, seed: int) -> tuple[Source[ChatPair], Source[ChatPair] | None]:
     """Build the pairs to learn from, and those for validation if there are any; see `load_tasks`."""
-    train = build_pairs(data.train, "train")
-    if size := data.split_validation_size:
-        return split_off(held(train, "split_validation_size cannot divide"), size, seed=seed)
-    return train, None if data.validation is None else build_pairs(data.validation, "validation")
+    train, drawn = _train_and_drawn(build_pairs, data.train, data, seed)
+    return train, drawn if data.validation is None else build_pairs(data.validation, "validation")
+
+
+def _train_and_drawn[Spec: (DataSpec, ExampleSpec), Item: (Task, Chat, ChatPair)](
+    build: Callable[[Any, str], Source[Item]], spec: Spec, data: LoadingConfig, seed: int
+) -> tuple[Source[Item], Source[Item] | None]:
+    """What to learn from, and what `split_validation_size` draws from it before anything is mixed or shown again."""
+    size = data.split_validation_size
+    if not size:
+        return build(spec, "train"), None
+    reason = "split_validation_size cannot divide"
+    if not isinstance(spec, TaskMixtureConfig | ExampleMixtureConfig):
+        return split_off(held(build(spec, "train"), reason), size, seed=seed)
+    parts = [held(build(part.data, "train"), reason) for part in spec.datasets]
+    divided = split_off_parts(parts, size, seed=seed)
+    drawn = [some for _, some in divided if some is not None]
+    train = _mixed([left for left, _ in divided], [part.weight for part in spec.datasets], spec.repeat)
+    return train, mixture(drawn, [None] * len(drawn))
 
 
 def _arithmetic(spec: ArithmeticDataConfig, split: str, held_out: Source[Task] | None = None) -> ArithmeticDataset:
