@@ -1,7 +1,8 @@
 """The judged answers of an evaluation: as records on disk, as figures, and compared with those of another one."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl.data.types import RolloutGroup
+from nemo_rl.environments.answers import plain_number
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.objectives.estimates import (
     Difference,
@@ -21,6 +23,12 @@ from nemo_rl.objectives.estimates import (
 )
 
 type MetricName = Literal["pass@k", "avg@n", "cons@k"]
+
+_SETTING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[,!;: ]|[\s$]")
+"""What only says how an expression is set: spaces, growing brackets, dollar signs."""
+
+_EQUATED = re.compile(r"^[A-Za-z]=")
+"""The unknown before a solution."""
 
 SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
 
@@ -219,13 +227,21 @@ def _figures(metric: MetricName, k: int, groups: Sequence[Sequence[Sample]]) -> 
     """One figure per problem, float64 [P]."""
     if metric == "cons@k":
         votes = [
-            consensus_at_k([sample.extracted for sample in group], [sample.score for sample in group], k=k)
+            consensus_at_k([_said(sample.extracted) for sample in group], [sample.score for sample in group], k=k)
             for group in groups
         ]
         return torch.tensor(votes, dtype=torch.float64)
     totals = torch.tensor([sum(sample.score for sample in group) for group in groups], dtype=torch.float64)
     counts = torch.tensor([len(group) for group in groups])
     return average_at_n(totals, counts) if metric == "avg@n" else pass_at_k(totals.long(), counts, k=k)
+
+
+def _said(extracted: str | None) -> Hashable | None:
+    """What an answer says, equal for the same number and for spellings that differ in how they are set."""
+    if extracted is None:
+        return None
+    spelling = _EQUATED.sub("", _SETTING.sub("", extracted)).removesuffix(".").replace("\\%", "%")
+    return plain_number(spelling) or spelling
 
 
 def _settings(folder: Path) -> tuple[MetricName, int]:

@@ -4,7 +4,7 @@ Samples of one prompt are not independent of each other, so every standard error
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -78,25 +78,40 @@ def average_at_n(num_correct: Tensor, num_samples: Tensor | int) -> Tensor:
 
 
 def consensus_at_k(answers: Sequence[Hashable | None], scores: Sequence[float], *, k: int) -> float:
-    """Score of the most frequent answer among k samples of one prompt (Wang et al., "Self-Consistency", 2023).
+    """The chance that the most frequent answer among k of n samples is right (Wang et al., "Self-Consistency", 2023).
 
-    Ties count by their share: the mean score of the answers that are ahead. The n samples are taken k by k, each once
-    (a rest is left out), and the results averaged.
+    It is the exact mean over all choices of k samples; a tie counts by the share of right answers among those ahead.
+    All right samples are one answer, however it is spelled.
 
     Args:
-        answers: of the n samples, as extracted; None for one without an answer, which has no vote.
-        scores: of the n samples, 1 for a correct one.
+        answers: of the n samples, equal where they say the same; None has no vote, unless it is judged right.
+        scores: of the n samples, 1 for a right one and 0 for a wrong one.
         k: samples that vote.
 
     Raises:
         ConfigError: k is not between 1 and n.
         DataError: there is not one score for each answer.
     """
-    if len(answers) != len(scores):
-        raise DataError(f"there are {len(answers)} answers and {len(scores)} scores; give one score for each answer")
-    _check_k(k, len(answers))
-    starts = range(0, len(answers) - k + 1, k)
-    return math.fsum(_vote(answers[i : i + k], scores[i : i + k]) for i in starts) / len(starts)
+    num_samples = len(answers)
+    if num_samples != len(scores):
+        raise DataError(f"there are {num_samples} answers and {len(scores)} scores; give one score for each answer")
+    _check_k(k, num_samples)
+    num_right = sum(map(bool, scores))
+    wrong = Counter(answer for answer, score in zip(answers, scores, strict=True) if not score and answer is not None)
+    # Every sample votes or not by a coin of its own with chance k/n; given that k do, all choices are equally likely.
+    chances = {size: _heads(size, k / num_samples, k) for size in {num_samples, num_right, *wrong.values()}}
+    led = 0.0
+    for votes in range(1, min(num_right, k) + 1):
+        rivals = [size for size in wrong.values() if size >= votes]
+        ways = torch.zeros(len(rivals) + 1, k + 1, dtype=torch.float64)  # by rivals with as many votes, by all votes
+        ways[0] = _heads(num_samples - num_right - sum(rivals), k / num_samples, k)
+        for size in rivals:
+            shifted = torch.cat([torch.zeros(k), chances[size][:votes], torch.zeros(k + 1 - votes)])
+            before, ways = ways, ways @ shifted.unfold(0, k + 1, 1).flip(0)
+            ways[1:, votes:] += chances[size][votes] * before[:-1, : k + 1 - votes]
+        shares = ways[:, k - votes] / torch.arange(1, len(rivals) + 2)
+        led += float(chances[num_right][votes] * shares.sum())
+    return led / float(chances[num_samples][k])
 
 
 def mean_estimate(values: Tensor) -> Estimate:
@@ -161,17 +176,13 @@ def _standard_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _vote(answers: Sequence[Hashable | None], scores: Sequence[float]) -> float:
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return 0.0
-    by_answer: defaultdict[Hashable, list[float]] = defaultdict(list)
-    for answer, score in zip(answers, scores, strict=True):
-        if answer is not None:
-            by_answer[answer].append(score)
-    most = max(votes.values())
-    leaders = [math.fsum(by_answer[answer]) / most for answer, count in votes.items() if count == most]
-    return math.fsum(leaders) / len(leaders)
+def _heads(size: int, chance: float, most: int) -> Tensor:
+    """The chance of 0, 1, ... `most` heads among `size` coins, float64 [most + 1]."""
+    heads = torch.arange(most + 1, dtype=torch.float64)
+    tails = (size - heads).clamp(min=0)
+    ways = torch.lgamma(heads + tails + 1) - torch.lgamma(heads + 1) - torch.lgamma(tails + 1)
+    head, tail = torch.tensor([chance, 1 - chance], dtype=torch.float64)
+    return torch.where(heads <= size, (ways + heads.xlogy(head) + tails.xlogy(tail)).exp(), 0.0)
 
 
 def _check_k(k: int, num_samples: int) -> None:

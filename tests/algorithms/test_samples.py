@@ -24,7 +24,19 @@ def test_pass_avg_and_cons_of_the_same_answers() -> None:
     assert scores_by_prompt("pass@k", 2, samples) == pytest.approx({first: 1 - 3 / 6, second: 1.0})
     assert scores_by_prompt("avg@n", 1, samples) == pytest.approx({first: 0.25, second: 0.75})
     assert scores_by_prompt("cons@k", 4, samples) == pytest.approx({first: 0.0, second: 1.0})
-    assert scores_by_prompt("cons@k", 2, samples) == pytest.approx({first: (0.5 + 0) / 2, second: (1 + 0.5) / 2})
+    votes = [(2 * 0.5 + 1 + 3 * 0) / 6, (3 * 1 + 3 * 0.5) / 6]  # 2 3, 2 3, 2 -, then 3 3, 3 -, 3 -
+    assert scores_by_prompt("cons@k", 2, samples) == pytest.approx({first: votes[0], second: votes[1]})
+
+
+def test_wrong_answers_vote_together_where_they_say_the_same() -> None:
+    def consensus(*wrong: str) -> float:
+        return scores_by_prompt("cons@k", 5, answers("2", "2", *wrong))[0, "1 + 1?"]
+
+    assert consensus("0.50", "1/2", "\\frac{1}{2}") == 0
+    assert consensus("x = 3\\,\\pi", "3 \\pi", "3\\pi.") == 0
+    assert consensus("\\left( 1, 2\\right)", "(1,2)", "$(1,2)$") == 0
+    assert consensus("(1, 2)", "(1, 3)", "(1,2)") == 0.5
+    assert consensus("0.5", "0.51", "0.52") == 1
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class EvalLoopConfig(Section):
 
     metric: Literal["pass@k", "avg@n", "cons@k"] = "pass@k"
     """`pass@k`: the chance that one of `k_value` answers is right (unbiased); `avg@n`: the mean score of all answers;
-    `cons@k`: the score of the most frequent of `k_value` answers, ties by their share."""
+    `cons@k`: the chance that the most frequent of `k_value` answers is right, ties by their share."""
 
     num_tests_per_prompt: PositiveInt = 1
     """Answers to each problem: n."""
