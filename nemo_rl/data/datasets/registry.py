@@ -219,7 +219,8 @@ def _items[Item](
 def _problem_reader(spec: RecordsConfig, opened: Table | RecordStream) -> tuple[Reader[Task], Unwanted | None]:
     match spec:
         case LocalDataConfig() | HubDataConfig():
-            return RecordFields(spec.prompt_key, spec.answer_key, spec.environment), None
+            settings = ("prompt_key", "answer_key")
+            return RecordFields(spec.prompt_key, spec.answer_key, spec.environment, settings=settings), None
         case BuiltinDataConfig():
             known = BUILTIN[spec.name]
         case _:
