@@ -152,17 +152,34 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def scores_by_prompt(metric: MetricName, k: int, samples: Iterable[Sample]) -> dict[tuple[int, str], float]:
+def check_scores(metric: MetricName, samples: Iterable[Sample], *, kept: Path | None = None) -> None:
+    """Refuse graded scores where right answers are counted.
+
+    Args:
+        metric: that is wanted.
+        samples: all or some of the answers.
+        kept: where the answers are written, for the message.
+
+    Raises:
+        ConfigError: `pass@k` or `cons@k` is asked for and a score is neither 0 nor 1.
+    """
+    graded = None if metric == "avg@n" else next((one.score for one in samples if one.score not in (0, 1)), None)
+    if graded is not None:
+        where = "" if kept is None else f" (the answers so far are in {kept})"
+        raise ConfigError(
+            f"{metric} counts right answers, whose score is 1, and wrong ones, whose score is 0, and the environment "
+            f"gave {graded:g}; use eval.metric=avg@n{where}"
+        )
+
+
+def scores_by_prompt(metric: MetricName, k: int, samples: Sequence[Sample]) -> dict[tuple[int, str], float]:
     """The figure of every problem, by its index and its text.
 
     Raises:
         ConfigError: `pass@k` or `cons@k` is asked for and the scores are not those of right and wrong answers.
     """
+    check_scores(metric, samples)
     groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.index)]
-    if metric != "avg@n" and any(sample.score not in (0, 1) for group in groups for sample in group):
-        raise ConfigError(
-            f"{metric} counts right answers and the environment gives other scores; use eval.metric=avg@n"
-        )
     figures = _figures(metric, k, groups).tolist()
     return {(group[0].index, group[0].problem): figure for group, figure in zip(groups, figures, strict=True)}
 

@@ -251,6 +251,18 @@ class EvalConfig(CommandConfig):
         return self
 
     @model_validator(mode="after")
+    def _answers_are_right_or_wrong(self) -> Self:
+        judge = self.environments[self.judge]
+        graded = judge.type == "reward_model" and (judge.reward_min, judge.reward_max) != (0, 1)
+        if self.eval.metric == "pass@k" and graded:
+            raise conflict(
+                f"eval.metric = pass@k counts right answers, and env.{self.judge} is a reward model, whose scores are"
+                " graded: use avg@n",
+                "eval.metric",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _answers_differ(self) -> Self:
         tests, greedy = self.eval.num_tests_per_prompt, self.generation.temperature == 0 or self.generation.top_k == 1
         if tests > 1 and greedy:
