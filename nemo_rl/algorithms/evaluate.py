@@ -21,6 +21,7 @@ from nemo_rl.algorithms.samples import (
     check_scores,
     metric_title,
     render_block,
+    render_estimate,
     samples_of,
     scores_by_prompt,
     write_parquet,
@@ -250,8 +251,7 @@ def _finish(
     tokens = sum(sample.num_tokens for sample in samples) / len(samples)
     truncated = sum(sample.stop_reason == "length" for sample in samples) / len(samples)
     rows = {
-        title: f"{estimate.value:.4f} ± {estimate.standard_error:.4f} (standard error over "
-        f"{estimate.num_prompts} problems)",
+        title: render_estimate(estimate),
         "answers": f"{measure.num_tests_per_prompt} a problem at temperature {config.generation.temperature:g}, "
         f"{tokens:.0f} tokens on average, {truncated:.1%} cut off by the limit",
         "time": phase_line(timer.seconds, timer.total),

@@ -16,6 +16,7 @@ from nemo_rl.environments.answers import plain_number
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.objectives.estimates import (
     Difference,
+    Estimate,
     average_at_n,
     consensus_at_k,
     paired_difference,
@@ -199,7 +200,7 @@ def compare(first: Path, second: Path) -> Comparison:
     settings = [_settings(folder) for folder in (first, second)]
     (metric, k), other_measure = settings
     if (metric, k) != other_measure:
-        told = " and ".join(f"{name} with k = {number}" for name, number in settings)
+        told = " and ".join("avg@n" if name == "avg@n" else metric_title(name, number, 0) for name, number in settings)
         raise ConfigError(f"{first} and {second} measured {told}; give both the same eval.metric and eval.k_value")
     one, other = (scores_by_prompt(metric, k, read_samples(folder / SAMPLES)) for folder in (first, second))
     common = [key for key in one if key in other]
@@ -222,17 +223,35 @@ def compare(first: Path, second: Path) -> Comparison:
 def render_comparison(comparison: Comparison, first: str, second: str) -> str:
     """A comparison as text."""
     difference = comparison.difference
-    settled = difference.low > 0 or difference.high < 0
-    verdict = f"{'the second' if difference.value > 0 else 'the first'} is better" if settled else "no clear difference"
+    if difference.standard_error == 0:
+        found = "on every problem, so there is no spread to take a confidence interval from"
+    else:
+        settled = difference.low > 0 or difference.high < 0
+        verdict = (
+            f"{'the second' if difference.value > 0 else 'the first'} is better" if settled else "no clear difference"
+        )
+        found = (
+            f"± {difference.standard_error:.4f}, 95% confidence interval "
+            f"[{difference.low:+.4f}, {difference.high:+.4f}]: {verdict}"
+        )
     rows = {
         "first": f"{comparison.first:.4f}  {first}",
         "second": f"{comparison.second:.4f}  {second}",
-        "difference": f"{difference.value:+.4f} ± {difference.standard_error:.4f}, 95% confidence interval "
-        f"[{difference.low:+.4f}, {difference.high:+.4f}]: {verdict}",
+        "difference": f"{difference.value:+.4f} {found}",
         "problems": f"{comparison.num_prompts} in common, compared one by one"
         + (f"; {comparison.num_alone} in only one of the two are left out" if comparison.num_alone else ""),
     }
     return render_block(f"{comparison.metric}, second against first", rows)
+
+
+def render_estimate(estimate: Estimate) -> str:
+    """A mean over problems with its standard error, where there is one."""
+    if estimate.num_prompts == 1:
+        return f"{estimate.value:.4f} on the one problem, so there is no standard error"
+    if estimate.standard_error == 0:
+        return f"{estimate.value:.4f} on each of {estimate.num_prompts} problems, so there is no spread"
+    error = f"{estimate.value:.4f} ± {estimate.standard_error:.4f}"
+    return f"{error} (standard error over {estimate.num_prompts} problems)"
 
 
 def render_block(title: str, rows: Mapping[str, str]) -> str:
@@ -262,9 +281,9 @@ def _said(extracted: str | None) -> Hashable | None:
 
 
 def _settings(folder: Path) -> tuple[MetricName, int]:
-    """What an evaluation measured: metric and k."""
+    """What an evaluation measured: metric and k, which is 1 where the metric has none."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        return summary["metric"], summary["k_value"]
+        return summary["metric"], 1 if summary["metric"] == "avg@n" else summary["k_value"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} holds no finished evaluation; give the eval.save_path of one") from error

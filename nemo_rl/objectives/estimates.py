@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -141,7 +140,7 @@ def paired_difference(
         second: [P], of the same prompts in the same order.
         confidence: probability that the interval should hold the true difference.
         num_resamples: draw as many bootstrap samples of the prompts and take the interval's ends from their quantiles
-            (Efron, 1979); None takes them from the normal distribution.
+            (Efron, 1979); None takes them from Student's t distribution.
         seed: of the bootstrap.
 
     Raises:
@@ -155,12 +154,42 @@ def paired_difference(
     differences = (second.double() - first.double()).cpu()
     mean, error = float(differences.mean()), _standard_error(differences)
     if num_resamples is None:
-        reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
+        reach = student_reach(confidence, len(differences) - 1) * error
         return Difference(mean, error, mean - reach, mean + reach)
     means = _bootstrap_means(differences, num_resamples, seed)
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = means.quantile(ends).tolist()
     return Difference(mean, error, low, high)
+
+
+def student_reach(confidence: float, freedom: int) -> float:
+    """The t with P(|T| < t) = `confidence` for Student's T with `freedom` degrees of freedom.
+
+    With t = sqrt(freedom) tan(angle) the probability is a finite sum (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4),
+    which is solved for the angle by bisection.
+
+    >>> round(student_reach(0.95, 4), 4), round(student_reach(0.95, 1), 4)
+    (2.7764, 12.7062)
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(54):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _student_within(angle, freedom) < confidence else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student_within(angle: float, freedom: int) -> float:
+    """P(|T| < sqrt(freedom) tan(angle))."""
+    odd = freedom % 2
+    powers = range(1 + odd, freedom - 1, 2)  # each term of the sum is the one before, times cos^2 power / (power + 1)
+    cosine, total = math.cos(angle), 0.0
+    term = cosine if odd else 1.0
+    for power in powers:
+        total += term
+        term *= cosine**2 * power / (power + 1)
+    if freedom > 1:
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def _bootstrap_means(values: Tensor, num_resamples: int, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from nemo_rl.objectives.estimates import (
     mean_estimate,
     paired_difference,
     pass_at_k,
+    student_reach,
 )
 
 
@@ -105,14 +106,33 @@ def test_standard_error_is_over_prompts() -> None:
         mean_estimate(torch.tensor([]))
 
 
-def test_paired_difference_of_the_normal_distribution() -> None:
+def test_paired_difference_of_students_distribution() -> None:
     first, second = torch.tensor([0.0, 1, 0, 1]), torch.tensor([1.0, 1, 0, 1])
     difference = paired_difference(first, second)
     assert difference.value == 0.25 and difference.standard_error == pytest.approx(0.25)
-    assert difference.low == pytest.approx(0.25 - 1.959964 * 0.25)
-    assert difference.high == pytest.approx(0.25 + 1.959964 * 0.25)
+    assert difference.low == pytest.approx(0.25 - 3.182446 * 0.25)
+    assert difference.high == pytest.approx(0.25 + 3.182446 * 0.25)
     with pytest.raises(DataError, match="got 4 and 3 prompts"):
         paired_difference(first, second[:3])
+
+
+@pytest.mark.parametrize(
+    ("confidence", "freedom", "reach"),
+    [
+        (0.95, 1, 12.706205),
+        (0.95, 2, 4.302653),
+        (0.95, 3, 3.182446),
+        (0.95, 4, 2.776445),
+        (0.95, 9, 2.262157),
+        (0.99, 30, 2.749996),
+        (0.9, 101, 1.660081),
+        (0.95, 100_000, 1.959988),
+    ],
+)
+def test_the_reach_of_students_distribution_is_that_of_the_tables(
+    confidence: float, freedom: int, reach: float
+) -> None:
+    assert student_reach(confidence, freedom) == pytest.approx(reach, abs=2e-6)
 
 
 def test_pairing_removes_the_spread_between_prompts() -> None:
@@ -121,16 +141,16 @@ def test_pairing_removes_the_spread_between_prompts() -> None:
     assert difference.low == pytest.approx(0.02, abs=1e-6) and difference.high == pytest.approx(0.02, abs=1e-6)
 
 
-def test_bootstrap_agrees_with_the_normal_interval_and_repeats_itself() -> None:
+def test_bootstrap_agrees_with_students_interval_and_repeats_itself() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.rand(2, 400, generator=generator)
-    normal = paired_difference(first, second)
+    student = paired_difference(first, second)
     drawn = paired_difference(first, second, num_resamples=4000, seed=1)
-    assert (drawn.value, drawn.standard_error) == (normal.value, normal.standard_error)
-    assert drawn.low == pytest.approx(normal.low, abs=4e-3) and drawn.high == pytest.approx(normal.high, abs=4e-3)
+    assert (drawn.value, drawn.standard_error) == (student.value, student.standard_error)
+    assert drawn.low == pytest.approx(student.low, abs=4e-3) and drawn.high == pytest.approx(student.high, abs=4e-3)
     assert drawn == paired_difference(first, second, num_resamples=4000, seed=1)
     narrow = paired_difference(first, second, confidence=0.5)
-    assert normal.low < narrow.low < narrow.high < normal.high
+    assert student.low < narrow.low < narrow.high < student.high
 
 
 @pytest.mark.parametrize("num_resamples", [None, 300])
