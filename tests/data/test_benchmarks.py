@@ -19,9 +19,9 @@ from nemo_rl.errors import DataError
 
 CITIES = ["Oslo", "Bern", "Rome", "Kyiv"]
 GPQA = {
-    "Question": "Which city?",
-    "Correct Answer": "Rome",
-    "Incorrect Answer 1": "Oslo",
+    "Question": "Which city?\n",
+    "Correct Answer": "Rome\n",
+    "Incorrect Answer 1": " Oslo\n\n",
     "Incorrect Answer 2": "Bern",
     "Incorrect Answer 3": "Kyiv",
     "Subdomain": "Geography",

@@ -85,7 +85,7 @@ class ChoiceFields:
         Raises:
             DataError: a field is missing, or the right option is none of the options; it begins with `where`.
         """
-        question = str(field_of(record, self.question_key, where, setting=None))
+        question = str(field_of(record, self.question_key, where, setting=None)).strip()
         options = self._options(record, where)
         right = self._right(record, len(options), where)
         if self.answer_key is None:
@@ -102,11 +102,11 @@ class ChoiceFields:
 
     def _options(self, record: Record, where: str) -> list[str]:
         if isinstance(self.options, tuple):
-            return [str(field_of(record, key, where, setting=None)) for key in self.options]
+            return [str(field_of(record, key, where, setting=None)).strip() for key in self.options]
         listed = field_of(record, self.options, where, setting=None)
         if not isinstance(listed, list | tuple) or not 2 <= len(listed) <= 10:
             raise DataError(f"{where} has no list of 2 to 10 options in {self.options!r}; correct it")
-        return [str(option) for option in cast("Sequence[object]", listed)]
+        return [str(option).strip() for option in cast("Sequence[object]", listed)]
 
     def _right(self, record: Record, num_options: int, where: str) -> int:
         if self.answer_key is None:
