@@ -123,6 +123,7 @@ class RecordFields:
             environment under their own names.
         environment: name of the environment that judges the answers.
         answer_after: where the known answer begins in its field, e.g. `#### ` of GSM8K: after the last such text.
+        context_key: field of a text to put before a problem that is text, with a blank line between; None has none.
         settings: what the two keys are called where they are set; None where the data set fixes them.
     """
 
@@ -130,6 +131,7 @@ class RecordFields:
     answer_key: str
     environment: str
     answer_after: str = ""
+    context_key: str | None = None
     settings: tuple[str, str] | None = field(default=None, repr=False)  # changes no item, so no fingerprint
 
     def read(self, record: Record, index: int, where: str) -> Task:
@@ -141,6 +143,8 @@ class RecordFields:
         """
         prompt_setting, answer_setting = self.settings or (None, None)
         prompt = field_of(record, self.prompt_key, where, setting=prompt_setting)
+        if self.context_key is not None:
+            prompt = f"{field_of(record, self.context_key, where, setting=None)}\n\n{prompt}"
         answer = str(field_of(record, self.answer_key, where, setting=answer_setting))
         if self.answer_after:
             _, found, answer = answer.rpartition(self.answer_after)
@@ -243,8 +247,22 @@ def read_with_datasets(
     """
     from datasets import load_dataset
 
-    with reading_errors(source, split):
+    with reading_errors(source, split), _without_bars():
         return cast("Records", load_dataset(path, subset, split=split, data_files=data_files))
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Keep the progress bars of `datasets` off the terminal, which the run has its own for."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 @contextmanager
