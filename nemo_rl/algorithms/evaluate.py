@@ -18,8 +18,10 @@ from nemo_rl.algorithms.samples import (
     SUMMARY,
     Sample,
     append_samples,
+    check_scores,
     metric_title,
     render_block,
+    render_estimate,
     samples_of,
     scores_by_prompt,
     write_parquet,
@@ -27,7 +29,8 @@ from nemo_rl.algorithms.samples import (
 from nemo_rl.algorithms.start import check_devices
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import LoadedConfig, dump_config
-from nemo_rl.config.schema.evaluation import EvalConfig
+from nemo_rl.config.schema.cluster import ClusterConfig
+from nemo_rl.config.schema.evaluation import EvalConfig, EvalGenerationConfig
 from nemo_rl.data.datasets.benchmarks import benchmark_prompt, build_benchmark
 from nemo_rl.data.processors import TaskProcessor, read_prompt_format
 from nemo_rl.data.types import SamplingParams, Task
@@ -83,7 +86,7 @@ def launch_eval(loaded: LoadedConfig[EvalConfig]) -> Evaluation:
         NemoRLError: something the user can correct, or no answer could be judged.
     """
     config = loaded.config
-    _check_can_run(config)
+    cluster = _usable_cluster(config)
     folder = _open_folder(config)
     quiet_libraries()
     timer = PhaseTimer()
@@ -95,15 +98,17 @@ def launch_eval(loaded: LoadedConfig[EvalConfig]) -> Evaluation:
             tokenizer = load_tokenizer(tokenizer_source, config.tokenizer.chat_template)
             problems = load_problems(config, tokenizer)
             judge = {config.judge: config.environments[config.judge]}
-            environments = build_environments(judge, reward_model_starter(config.cluster, stack))
+            environments = build_environments(judge, reward_model_starter(cluster, stack))
             runner = stack.enter_context(asyncio.Runner())
             stack.callback(lambda: runner.run(environments[config.judge].close()))
-            worker = _start_worker(config, stack, source, tokenizer_source)
+            worker = _start_worker(config.generation, cluster, stack, source, tokenizer_source)
         sampling = sampling_params(config, end_tokens(source, tokenizer))
         samples: list[Sample] = []
         num_dropped = 0
         calls = _calls(config, problems.tasks)
         with Console(total_steps=len(calls)) as console:
+            if cluster != config.cluster:
+                console.note(_cut_to(cluster, config.cluster))
             console.begin_steps()
             for step, part in enumerate(calls, start=1):
                 with timer.phase("answer"), console.phase("answer"):
@@ -111,6 +116,7 @@ def launch_eval(loaded: LoadedConfig[EvalConfig]) -> Evaluation:
                 new = [sample for group in collected.groups for sample in samples_of(group)]
                 if folder is not None:
                     append_samples(folder / SAMPLES, new)
+                check_scores(config.eval.metric, new, kept=None if folder is None else folder / SAMPLES)
                 samples += new
                 num_dropped += len(collected.dropped)
                 _show(console, step, samples, new, timer)
@@ -180,8 +186,9 @@ async def _answers(
     )
 
 
-def _start_worker(config: EvalConfig, stack: ExitStack, source: str, tokenizer: str) -> WorkerHandle:
-    generation, cluster = config.generation, config.cluster
+def _start_worker(
+    generation: EvalGenerationConfig, cluster: ClusterConfig, stack: ExitStack, source: str, tokenizer: str
+) -> WorkerHandle:
     executor = stack.enter_context(
         make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
     )
@@ -197,6 +204,13 @@ def _start_worker(config: EvalConfig, stack: ExitStack, source: str, tokenizer: 
         num_threads=threads,
         resources=Resources(num_cpus=float(generation.num_threads or 1), num_gpus=float(cluster.gpus_per_node > 0)),
     )
+
+
+def _cut_to(used: ClusterConfig, asked: ClusterConfig) -> str:
+    """Say that the sampler leaves devices alone, or lacks one."""
+    wanted = f"cluster.num_nodes = {asked.num_nodes} and cluster.gpus_per_node = {asked.gpus_per_node}"
+    lacking = ", the CPU, as torch finds no GPU here" if used.gpus_per_node < min(asked.gpus_per_node, 1) else ""
+    return f"{wanted}, and generation.backend = hf samples in one process on one device{lacking}"
 
 
 def _show(console: Console, step: int, samples: Sequence[Sample], new: Sequence[Sample], timer: PhaseTimer) -> None:
@@ -237,8 +251,7 @@ def _finish(
     tokens = sum(sample.num_tokens for sample in samples) / len(samples)
     truncated = sum(sample.stop_reason == "length" for sample in samples) / len(samples)
     rows = {
-        title: f"{estimate.value:.4f} ± {estimate.standard_error:.4f} (standard error over "
-        f"{estimate.num_prompts} problems)",
+        title: render_estimate(estimate),
         "answers": f"{measure.num_tests_per_prompt} a problem at temperature {config.generation.temperature:g}, "
         f"{tokens:.0f} tokens on average, {truncated:.1%} cut off by the limit",
         "time": phase_line(timer.seconds, timer.total),
@@ -289,12 +302,21 @@ def _open_folder(config: EvalConfig) -> Path | None:
     return folder
 
 
-def _check_can_run(config: EvalConfig) -> None:
-    """Refuse what there is no backend or device for; with Ray, the cluster says which devices it has."""
+def _usable_cluster(config: EvalConfig) -> ClusterConfig:
+    """What the engine uses of the cluster: `hf` samples in one process, on a GPU if one is asked for and there.
+
+    With Ray, the cluster says which devices it has.
+
+    Raises:
+        ConfigError: there is no such engine, or the device that is asked for is not there.
+    """
     generation, cluster = config.generation, config.cluster
     if generation.backend != "hf":
         raise ConfigError(
             f"generation.backend is {generation.backend}, which this version plans (--dry-run) but does not run; set "
             "it to hf"
         )
-    check_devices(cluster, generation.device, what="model", section="generation")
+    there = cluster.executor != "local" or torch.cuda.is_available()
+    usable = cluster.model_copy(update={"num_nodes": 1, "gpus_per_node": min(cluster.gpus_per_node, int(there))})
+    check_devices(usable, generation.device, what="model", section="generation")
+    return usable

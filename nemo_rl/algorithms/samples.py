@@ -1,7 +1,8 @@
 """The judged answers of an evaluation: as records on disk, as figures, and compared with those of another one."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from nemo_rl.data.types import RolloutGroup
+from nemo_rl.environments.answers import plain_number
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.objectives.estimates import (
     Difference,
+    Estimate,
     average_at_n,
     consensus_at_k,
     paired_difference,
@@ -21,6 +24,12 @@ from nemo_rl.objectives.estimates import (
 )
 
 type MetricName = Literal["pass@k", "avg@n", "cons@k"]
+
+_SETTING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[,!;: ]|[\s$]")
+"""What only says how an expression is set: spaces, growing brackets, dollar signs."""
+
+_EQUATED = re.compile(r"^[A-Za-z]=")
+"""The unknown before a solution."""
 
 SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
 
@@ -144,17 +153,34 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def scores_by_prompt(metric: MetricName, k: int, samples: Iterable[Sample]) -> dict[tuple[int, str], float]:
+def check_scores(metric: MetricName, samples: Iterable[Sample], *, kept: Path | None = None) -> None:
+    """Refuse graded scores where right answers are counted.
+
+    Args:
+        metric: that is wanted.
+        samples: all or some of the answers.
+        kept: where the answers are written, for the message.
+
+    Raises:
+        ConfigError: `pass@k` or `cons@k` is asked for and a score is neither 0 nor 1.
+    """
+    graded = None if metric == "avg@n" else next((one.score for one in samples if one.score not in (0, 1)), None)
+    if graded is not None:
+        where = "" if kept is None else f" (the answers so far are in {kept})"
+        raise ConfigError(
+            f"{metric} counts right answers, whose score is 1, and wrong ones, whose score is 0, and the environment "
+            f"gave {graded:g}; use eval.metric=avg@n{where}"
+        )
+
+
+def scores_by_prompt(metric: MetricName, k: int, samples: Sequence[Sample]) -> dict[tuple[int, str], float]:
     """The figure of every problem, by its index and its text.
 
     Raises:
         ConfigError: `pass@k` or `cons@k` is asked for and the scores are not those of right and wrong answers.
     """
+    check_scores(metric, samples)
     groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.index)]
-    if metric != "avg@n" and any(sample.score not in (0, 1) for group in groups for sample in group):
-        raise ConfigError(
-            f"{metric} counts right answers and the environment gives other scores; use eval.metric=avg@n"
-        )
     figures = _figures(metric, k, groups).tolist()
     return {(group[0].index, group[0].problem): figure for group, figure in zip(groups, figures, strict=True)}
 
@@ -174,7 +200,7 @@ def compare(first: Path, second: Path) -> Comparison:
     settings = [_settings(folder) for folder in (first, second)]
     (metric, k), other_measure = settings
     if (metric, k) != other_measure:
-        told = " and ".join(f"{name} with k = {number}" for name, number in settings)
+        told = " and ".join("avg@n" if name == "avg@n" else metric_title(name, number, 0) for name, number in settings)
         raise ConfigError(f"{first} and {second} measured {told}; give both the same eval.metric and eval.k_value")
     one, other = (scores_by_prompt(metric, k, read_samples(folder / SAMPLES)) for folder in (first, second))
     common = [key for key in one if key in other]
@@ -197,17 +223,35 @@ def compare(first: Path, second: Path) -> Comparison:
 def render_comparison(comparison: Comparison, first: str, second: str) -> str:
     """A comparison as text."""
     difference = comparison.difference
-    settled = difference.low > 0 or difference.high < 0
-    verdict = f"{'the second' if difference.value > 0 else 'the first'} is better" if settled else "no clear difference"
+    if difference.standard_error == 0:
+        found = "on every problem, so there is no spread to take a confidence interval from"
+    else:
+        settled = difference.low > 0 or difference.high < 0
+        verdict = (
+            f"{'the second' if difference.value > 0 else 'the first'} is better" if settled else "no clear difference"
+        )
+        found = (
+            f"± {difference.standard_error:.4f}, 95% confidence interval "
+            f"[{difference.low:+.4f}, {difference.high:+.4f}]: {verdict}"
+        )
     rows = {
         "first": f"{comparison.first:.4f}  {first}",
         "second": f"{comparison.second:.4f}  {second}",
-        "difference": f"{difference.value:+.4f} ± {difference.standard_error:.4f}, 95% confidence interval "
-        f"[{difference.low:+.4f}, {difference.high:+.4f}]: {verdict}",
+        "difference": f"{difference.value:+.4f} {found}",
         "problems": f"{comparison.num_prompts} in common, compared one by one"
         + (f"; {comparison.num_alone} in only one of the two are left out" if comparison.num_alone else ""),
     }
     return render_block(f"{comparison.metric}, second against first", rows)
+
+
+def render_estimate(estimate: Estimate) -> str:
+    """A mean over problems with its standard error, where there is one."""
+    if estimate.num_prompts == 1:
+        return f"{estimate.value:.4f} on the one problem, so there is no standard error"
+    if estimate.standard_error == 0:
+        return f"{estimate.value:.4f} on each of {estimate.num_prompts} problems, so there is no spread"
+    error = f"{estimate.value:.4f} ± {estimate.standard_error:.4f}"
+    return f"{error} (standard error over {estimate.num_prompts} problems)"
 
 
 def render_block(title: str, rows: Mapping[str, str]) -> str:
@@ -219,7 +263,7 @@ def _figures(metric: MetricName, k: int, groups: Sequence[Sequence[Sample]]) -> 
     """One figure per problem, float64 [P]."""
     if metric == "cons@k":
         votes = [
-            consensus_at_k([sample.extracted for sample in group], [sample.score for sample in group], k=k)
+            consensus_at_k([_said(sample.extracted) for sample in group], [sample.score for sample in group], k=k)
             for group in groups
         ]
         return torch.tensor(votes, dtype=torch.float64)
@@ -228,10 +272,18 @@ def _figures(metric: MetricName, k: int, groups: Sequence[Sequence[Sample]]) -> 
     return average_at_n(totals, counts) if metric == "avg@n" else pass_at_k(totals.long(), counts, k=k)
 
 
+def _said(extracted: str | None) -> Hashable | None:
+    """What an answer says, equal for the same number and for spellings that differ in how they are set."""
+    if extracted is None:
+        return None
+    spelling = _EQUATED.sub("", _SETTING.sub("", extracted)).removesuffix(".").replace("\\%", "%")
+    return plain_number(spelling) or spelling
+
+
 def _settings(folder: Path) -> tuple[MetricName, int]:
-    """What an evaluation measured: metric and k."""
+    """What an evaluation measured: metric and k, which is 1 where the metric has none."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        return summary["metric"], summary["k_value"]
+        return summary["metric"], 1 if summary["metric"] == "avg@n" else summary["k_value"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} holds no finished evaluation; give the eval.save_path of one") from error

@@ -17,6 +17,8 @@ def render_eval_plan(config: EvalConfig) -> str:
 def _sampling_rows(config: EvalConfig) -> Rows:
     measure, generation, cluster = config.eval, config.generation, config.cluster
     gpus = f"{cluster.num_nodes} x {cluster.gpus_per_node} GPU(s)" if cluster.gpus_per_node else "no GPU asked for"
+    if generation.backend == "hf" and cluster.num_nodes * cluster.gpus_per_node > 1:
+        gpus += ", of which hf uses one"
     length = generation.vllm_cfg.max_model_len
     return [
         ("problems", f"{config.data.dataset_name}, judged by {config.judge}"),

@@ -4,10 +4,9 @@ Samples of one prompt are not independent of each other, so every standard error
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -78,25 +77,40 @@ def average_at_n(num_correct: Tensor, num_samples: Tensor | int) -> Tensor:
 
 
 def consensus_at_k(answers: Sequence[Hashable | None], scores: Sequence[float], *, k: int) -> float:
-    """Score of the most frequent answer among k samples of one prompt (Wang et al., "Self-Consistency", 2023).
+    """The chance that the most frequent answer among k of n samples is right (Wang et al., "Self-Consistency", 2023).
 
-    Ties count by their share: the mean score of the answers that are ahead. The n samples are taken k by k, each once
-    (a rest is left out), and the results averaged.
+    It is the exact mean over all choices of k samples; a tie counts by the share of right answers among those ahead.
+    All right samples are one answer, however it is spelled.
 
     Args:
-        answers: of the n samples, as extracted; None for one without an answer, which has no vote.
-        scores: of the n samples, 1 for a correct one.
+        answers: of the n samples, equal where they say the same; None has no vote, unless it is judged right.
+        scores: of the n samples, 1 for a right one and 0 for a wrong one.
         k: samples that vote.
 
     Raises:
         ConfigError: k is not between 1 and n.
         DataError: there is not one score for each answer.
     """
-    if len(answers) != len(scores):
-        raise DataError(f"there are {len(answers)} answers and {len(scores)} scores; give one score for each answer")
-    _check_k(k, len(answers))
-    starts = range(0, len(answers) - k + 1, k)
-    return math.fsum(_vote(answers[i : i + k], scores[i : i + k]) for i in starts) / len(starts)
+    num_samples = len(answers)
+    if num_samples != len(scores):
+        raise DataError(f"there are {num_samples} answers and {len(scores)} scores; give one score for each answer")
+    _check_k(k, num_samples)
+    num_right = sum(map(bool, scores))
+    wrong = Counter(answer for answer, score in zip(answers, scores, strict=True) if not score and answer is not None)
+    # Every sample votes or not by a coin of its own with chance k/n; given that k do, all choices are equally likely.
+    chances = {size: _heads(size, k / num_samples, k) for size in {num_samples, num_right, *wrong.values()}}
+    led = 0.0
+    for votes in range(1, min(num_right, k) + 1):
+        rivals = [size for size in wrong.values() if size >= votes]
+        ways = torch.zeros(len(rivals) + 1, k + 1, dtype=torch.float64)  # by rivals with as many votes, by all votes
+        ways[0] = _heads(num_samples - num_right - sum(rivals), k / num_samples, k)
+        for size in rivals:
+            shifted = torch.cat([torch.zeros(k), chances[size][:votes], torch.zeros(k + 1 - votes)])
+            before, ways = ways, ways @ shifted.unfold(0, k + 1, 1).flip(0)
+            ways[1:, votes:] += chances[size][votes] * before[:-1, : k + 1 - votes]
+        shares = ways[:, k - votes] / torch.arange(1, len(rivals) + 2)
+        led += float(chances[num_right][votes] * shares.sum())
+    return led / float(chances[num_samples][k])
 
 
 def mean_estimate(values: Tensor) -> Estimate:
@@ -126,7 +140,7 @@ def paired_difference(
         second: [P], of the same prompts in the same order.
         confidence: probability that the interval should hold the true difference.
         num_resamples: draw as many bootstrap samples of the prompts and take the interval's ends from their quantiles
-            (Efron, 1979); None takes them from the normal distribution.
+            (Efron, 1979); None takes them from Student's t distribution.
         seed: of the bootstrap.
 
     Raises:
@@ -140,12 +154,42 @@ def paired_difference(
     differences = (second.double() - first.double()).cpu()
     mean, error = float(differences.mean()), _standard_error(differences)
     if num_resamples is None:
-        reach = NormalDist().inv_cdf((1 + confidence) / 2) * error
+        reach = student_reach(confidence, len(differences) - 1) * error
         return Difference(mean, error, mean - reach, mean + reach)
     means = _bootstrap_means(differences, num_resamples, seed)
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = means.quantile(ends).tolist()
     return Difference(mean, error, low, high)
+
+
+def student_reach(confidence: float, freedom: int) -> float:
+    """The t with P(|T| < t) = `confidence` for Student's T with `freedom` degrees of freedom.
+
+    With t = sqrt(freedom) tan(angle) the probability is a finite sum (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4),
+    which is solved for the angle by bisection.
+
+    >>> round(student_reach(0.95, 4), 4), round(student_reach(0.95, 1), 4)
+    (2.7764, 12.7062)
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(54):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _student_within(angle, freedom) < confidence else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student_within(angle: float, freedom: int) -> float:
+    """P(|T| < sqrt(freedom) tan(angle))."""
+    odd = freedom % 2
+    powers = range(1 + odd, freedom - 1, 2)  # each term of the sum is the one before, times cos^2 power / (power + 1)
+    cosine, total = math.cos(angle), 0.0
+    term = cosine if odd else 1.0
+    for power in powers:
+        total += term
+        term *= cosine**2 * power / (power + 1)
+    if freedom > 1:
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def _bootstrap_means(values: Tensor, num_resamples: int, seed: int) -> Tensor:
@@ -161,17 +205,13 @@ def _standard_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _vote(answers: Sequence[Hashable | None], scores: Sequence[float]) -> float:
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return 0.0
-    by_answer: defaultdict[Hashable, list[float]] = defaultdict(list)
-    for answer, score in zip(answers, scores, strict=True):
-        if answer is not None:
-            by_answer[answer].append(score)
-    most = max(votes.values())
-    leaders = [math.fsum(by_answer[answer]) / most for answer, count in votes.items() if count == most]
-    return math.fsum(leaders) / len(leaders)
+def _heads(size: int, chance: float, most: int) -> Tensor:
+    """The chance of 0, 1, ... `most` heads among `size` coins, float64 [most + 1]."""
+    heads = torch.arange(most + 1, dtype=torch.float64)
+    tails = (size - heads).clamp(min=0)
+    ways = torch.lgamma(heads + tails + 1) - torch.lgamma(heads + 1) - torch.lgamma(tails + 1)
+    head, tail = torch.tensor([chance, 1 - chance], dtype=torch.float64)
+    return torch.where(heads <= size, (ways + heads.xlogy(head) + tails.xlogy(tail)).exp(), 0.0)
 
 
 def _check_k(k: int, num_samples: int) -> None:

@@ -44,11 +44,11 @@ def test_a_command_of_nemo_rl_is_understood_word_for_word() -> None:
         "generation.vllm_cfg.max_model_len=32768",
         "data.dataset_name=math500",
         "eval.num_tests_per_prompt=16",
-        "cluster.gpus_per_node=0",
-        path=EXAMPLE.with_name("math_eval.yaml"),
+        "cluster.gpus_per_node=8",
     )
     assert (config.generation.backend, config.generation.vllm_cfg.max_model_len) == ("hf", 32768)
-    assert (config.eval.num_tests_per_prompt, config.cluster.gpus_per_node) == (16, 0)
+    assert (config.eval.num_tests_per_prompt, config.cluster.gpus_per_node) == (16, 8)
+    assert "1 x 8 GPU(s), of which hf uses one" in render_eval_plan(config)
 
 
 def test_a_file_of_nemo_rl_is_translated() -> None:
@@ -72,11 +72,21 @@ def test_a_file_of_nemo_rl_is_translated() -> None:
             "+env.f={type:function,path:'a.py:f'} data.environment=f eval.metric=cons@k",
             "eval.metric = cons@k counts the answers that env.f reads",
         ),
+        (
+            "+env.r={type:reward_model,model_name:r} data.environment=r",
+            "eval.metric = pass@k counts right answers, and env.r is a reward model",
+        ),
         ("eval.metric=pass", "must be 'pass@k', 'avg@n' or 'cons@k'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(override: str, says: str) -> None:
     assert says in error_of(*override.split(" "))
+
+
+def test_a_reward_model_that_may_say_right_or_wrong_is_heard() -> None:
+    judge = "+env.r={type:reward_model,model_name:r,reward_min:0,reward_max:1}"
+    assert load(judge, "data.environment=r").judge == "r"
+    assert load("+env.r={type:reward_model,model_name:r}", "data.environment=r", "eval.metric=avg@n").judge == "r"
 
 
 def test_avg_at_n_has_no_k() -> None:

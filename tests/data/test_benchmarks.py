@@ -19,9 +19,9 @@ from nemo_rl.errors import DataError
 
 CITIES = ["Oslo", "Bern", "Rome", "Kyiv"]
 GPQA = {
-    "Question": "Which city?",
-    "Correct Answer": "Rome",
-    "Incorrect Answer 1": "Oslo",
+    "Question": "Which city?\n",
+    "Correct Answer": "Rome\n",
+    "Incorrect Answer 1": " Oslo\n\n",
     "Incorrect Answer 2": "Bern",
     "Incorrect Answer 3": "Kyiv",
     "Subdomain": "Geography",
@@ -163,6 +163,13 @@ def test_a_file_of_ones_own_needs_only_the_names_of_its_fields(suffix: str, tmp_
         ("mmlu", {"choices": ["Rome"]}, "has no list of 2 to 10 options in 'choices'"),
         ("mmlu", {"answer": 4}, "says that 4 is right, and it has 4 options"),
         ("mmlu_pro", {"answer": "Rome"}, "says that 'Rome' is right"),
+        ("mmlu_pro", {"answer": "AB"}, "says that 'AB' is right"),
+        ("mmlu_pro", {"answer": " "}, "says that ' ' is right"),
+        ("gsm8k", {"answer": "It is 2."}, "line 1 has no '####' in its 'answer', so no known answer"),
+        ("gsm8k", {"answer": "It is 2.\n####"}, "line 1 has an empty answer in its 'answer'"),
+        ("math", {"solution": "\\boxed{ }"}, "line 1 has an empty answer in its 'solution'"),
+        ("math500", {"answer": ""}, "line 1 has an empty answer in its 'answer'"),
+        ("math500", {"answer": None}, "'unique_id']; correct or remove it"),
         ("mmlu_DE-DE", {"B": None}, "line 1 has no 'B'"),
         ("gsm8k", {"question": None}, "line 1 has no 'question'"),
     ],
@@ -174,6 +181,14 @@ def test_a_malformed_record_is_named_with_its_line(
     with pytest.raises(DataError) as caught:
         tasks_of(name, path)
     assert says in str(caught.value) and str(caught.value).startswith(path)
+
+
+def test_a_file_of_ones_own_that_lacks_a_field_names_the_setting(tmp_path: Path) -> None:
+    path = written(tmp_path / "mine.jsonl", {"Question": "1 + 1?", "Answer": "2"})
+    with pytest.raises(DataError, match=r"line 1 has no 'problem', only .*; set data\.problem_key to the field"):
+        tasks_of(path, None)
+    with pytest.raises(DataError, match=r"line 1 has no 'answer', only .*; set data\.solution_key to the field"):
+        tasks_of(path, None, problem_key="Question")
 
 
 def test_a_box_is_read_with_its_braces_and_an_open_one_not_at_all() -> None:

@@ -187,7 +187,7 @@ PROBLEMS = {
     "GSM8K": ("Ann has 1 and gets 1?", "2"),
     "NuminaMath": ("1 + 1?", "2"),
     "OpenR1-Math-220k": ("1 + 1?", "2"),
-    "squad": ("Where does Ann live?", "Rome"),
+    "squad": ("Ann lives in Rome.\n\nWhere does Ann live?", "Rome"),
 }
 
 CHATS = {

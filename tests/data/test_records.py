@@ -72,6 +72,19 @@ def test_every_kind_of_file_gives_the_same_tasks(tmp_path: Path, suffix: str) ->
     assert pickle.loads(pickle.dumps(dataset))[0] == dataset[0]
 
 
+@pytest.mark.parametrize("answer", ["", " ", "\n"])
+def test_a_record_without_an_answer_is_refused(tmp_path: Path, answer: str) -> None:
+    rows: list[dict[str, object]] = [{"problem": "1 + 1", "solution": 2}, {"problem": "1 + 2", "solution": answer}]
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 has an empty answer in its 'solution'; fill it in"):
+        _ = local(write_jsonl(tmp_path / "a.jsonl", rows)).fingerprint
+
+
+def test_no_progress_bar_shows_while_a_file_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("problem,solution\n1 + 1,2\n")
+    assert len(local(tmp_path / "a.csv")) == 1
+    assert "Generating" not in capfd.readouterr().err
+
+
 def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Count."}, {"role": "user", "content": "1 + 1"}]
     dataset = local(write_jsonl(tmp_path / "a.jsonl", [{"problem": turns, "solution": 2}]))

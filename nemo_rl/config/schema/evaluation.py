@@ -40,7 +40,7 @@ class EvalLoopConfig(Section):
 
     metric: Literal["pass@k", "avg@n", "cons@k"] = "pass@k"
     """`pass@k`: the chance that one of `k_value` answers is right (unbiased); `avg@n`: the mean score of all answers;
-    `cons@k`: the score of the most frequent of `k_value` answers, ties by their share."""
+    `cons@k`: the chance that the most frequent of `k_value` answers is right, ties by their share."""
 
     num_tests_per_prompt: PositiveInt = 1
     """Answers to each problem: n."""
@@ -246,6 +246,18 @@ class EvalConfig(CommandConfig):
             raise conflict(
                 f"eval.metric = cons@k counts the answers that env.{self.judge} reads, and a function tells none: use"
                 " pass@k or avg@n",
+                "eval.metric",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_are_right_or_wrong(self) -> Self:
+        judge = self.environments[self.judge]
+        graded = judge.type == "reward_model" and (judge.reward_min, judge.reward_max) != (0, 1)
+        if self.eval.metric == "pass@k" and graded:
+            raise conflict(
+                f"eval.metric = pass@k counts right answers, and env.{self.judge} is a reward model, whose scores are"
+                " graded: use avg@n",
                 "eval.metric",
             )
         return self

@@ -17,6 +17,7 @@ from nemo_rl.data.datasets.records import (
     RecordDataset,
     RecordFields,
     Table,
+    check_answer,
     field_of,
     joined,
     optional_field,
@@ -53,6 +54,7 @@ class BoxedAnswer:
         answer = last_boxed(str(task.extra["ground_truth"]))
         if answer is None:
             raise DataError(f"{where} has no \\boxed{{}} in its {self.solution_key!r}, so no known answer; remove it")
+        check_answer(answer, self.solution_key, where)
         return replace(task, extra={**task.extra, "ground_truth": answer})
 
 
@@ -83,7 +85,7 @@ class ChoiceFields:
         Raises:
             DataError: a field is missing, or the right option is none of the options; it begins with `where`.
         """
-        question = str(field_of(record, self.question_key, where, setting="data.problem_key"))
+        question = str(field_of(record, self.question_key, where, setting=None)).strip()
         options = self._options(record, where)
         right = self._right(record, len(options), where)
         if self.answer_key is None:
@@ -100,17 +102,18 @@ class ChoiceFields:
 
     def _options(self, record: Record, where: str) -> list[str]:
         if isinstance(self.options, tuple):
-            return [str(field_of(record, key, where, setting="data.dataset_name")) for key in self.options]
-        listed = field_of(record, self.options, where, setting="data.dataset_name")
+            return [str(field_of(record, key, where, setting=None)).strip() for key in self.options]
+        listed = field_of(record, self.options, where, setting=None)
         if not isinstance(listed, list | tuple) or not 2 <= len(listed) <= 10:
             raise DataError(f"{where} has no list of 2 to 10 options in {self.options!r}; correct it")
-        return [str(option) for option in cast("Sequence[object]", listed)]
+        return [str(option).strip() for option in cast("Sequence[object]", listed)]
 
     def _right(self, record: Record, num_options: int, where: str) -> int:
         if self.answer_key is None:
             return 0
-        answer = field_of(record, self.answer_key, where, setting="data.solution_key")
-        place = answer if isinstance(answer, int) else ascii_uppercase.find(str(answer).strip() or "?")
+        answer = field_of(record, self.answer_key, where, setting=None)
+        letter = str(answer).strip()
+        place = answer if isinstance(answer, int) else ascii_uppercase.find(letter) if len(letter) == 1 else -1
         if not 0 <= place < num_options:
             raise DataError(f"{where} says that {answer!r} is right, and it has {num_options} options; correct it")
         return place
@@ -190,7 +193,9 @@ def build_benchmark(data: EvalDataConfig, *, environment: str, seed: int) -> Tas
     """
     name = data.benchmark
     if name is None:
-        return RecordDataset(_own(data), RecordFields(data.problem_key, data.solution_key, environment))
+        settings = ("data.problem_key", "data.solution_key")
+        fields = RecordFields(data.problem_key, data.solution_key, environment, settings=settings)
+        return RecordDataset(_own(data), fields)
     if name == ARITHMETIC:
         return ArithmeticDataset(data.num_samples or _NUM_ARITHMETIC, split="test", environment=environment)
     benchmark = BENCHMARKS[name]

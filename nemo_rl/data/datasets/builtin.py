@@ -19,6 +19,7 @@ class ProblemColumns:
     prompt_key: str = "problem"
     answer_key: str = "answer"
     answer_after: str = ""
+    context_key: str | None = None
     without_answer: tuple[str | None, ...] = ()
     """What the column holds where there is no answer to compare with; such records are left out."""
 
@@ -106,7 +107,7 @@ BUILTIN: Mapping[BuiltinName, Builtin] = {
     "squad": Builtin(
         "rajpurkar/squad",
         splits={"train": "train", "validation": "validation"},
-        problems=ProblemColumns(prompt_key="question", answer_key="answers.text.0"),
+        problems=ProblemColumns(prompt_key="question", answer_key="answers.text.0", context_key="context"),
         chats=CompletionFormat(prompt_key="question", completion_key="answers.text.0", system_key="context"),
     ),
     "open_assistant": Builtin(

@@ -70,19 +70,19 @@ class PictureChats:
 def _illustrated(record: Record, layout: PictureLayout, folder: str | None, where: str) -> Illustrated:
     match layout:
         case "clevr":
-            question = str(field_of(record, "problem", where, setting="name"))
-            solution = str(field_of(record, "solution", where, setting="name"))
+            question = str(field_of(record, "problem", where, setting=None))
+            solution = str(field_of(record, "solution", where, setting=None))
             tagged = _ANSWER.search(solution)
-            image = _encoded(field_of(record, "image", where, setting="name"), folder, where)
+            image = _encoded(field_of(record, "image", where, setting=None), folder, where)
             return _checked(f"{IMAGE}{question}", tagged[1] if tagged else solution.strip(), (image,), where)
         case "geometry3k":
-            question, answer = (str(field_of(record, key, where, setting="name")) for key in ("problem", "answer"))
-            images = cast("Sequence[object]", field_of(record, "images", where, setting="name"))
+            question, answer = (str(field_of(record, key, where, setting=None)) for key in ("problem", "answer"))
+            images = cast("Sequence[object]", field_of(record, "images", where, setting=None))
             return _checked(question, answer, tuple(_encoded(image, folder, where) for image in images), where)
         case "refcoco":
-            captions = cast("Sequence[str]", field_of(record, "captions", where, setting="name"))
+            captions = cast("Sequence[str]", field_of(record, "captions", where, setting=None))
             question = f"{IMAGE}{_LOCATE} the image's width and height: {max(captions, key=len)}"
-            path = str(field_of(record, "image_path", where, setting="name")).removeprefix("coco/")
+            path = str(field_of(record, "image_path", where, setting=None)).removeprefix("coco/")
             image = _encoded({"path": path}, folder, where)
             return _checked(question, str(_thousandths(record, where)), (image,), where)
 
@@ -109,8 +109,8 @@ def _encoded(image: object, folder: str | None, where: str) -> EncodedImage:
 
 def _thousandths(record: Record, where: str) -> list[int]:
     """The box of a region, which the record has in pixels, in thousandths of the image's size."""
-    box = cast("Sequence[float]", field_of(record, "bbox", where, setting="name"))
-    about = field_of(record, "raw_image_info", where, setting="name")
+    box = cast("Sequence[float]", field_of(record, "bbox", where, setting=None))
+    about = field_of(record, "raw_image_info", where, setting=None)
     size = cast("Mapping[str, float]", json.loads(about) if isinstance(about, str) else about)
-    width, height = (float(str(field_of(size, key, where, setting="name"))) for key in ("width", "height"))
+    width, height = (float(str(field_of(size, key, where, setting=None))) for key in ("width", "height"))
     return [round(1000 * place / length) for place, length in zip(box, (width, height) * 2, strict=True)]

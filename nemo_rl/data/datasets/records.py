@@ -123,23 +123,37 @@ class RecordFields:
             environment under their own names.
         environment: name of the environment that judges the answers.
         answer_after: where the known answer begins in its field, e.g. `#### ` of GSM8K: after the last such text.
+        context_key: field of a text to put before a problem that is text, with a blank line between; None has none.
+        settings: what the two keys are called where they are set; None where the data set fixes them.
     """
 
     prompt_key: str
     answer_key: str
     environment: str
     answer_after: str = ""
+    context_key: str | None = None
+    settings: tuple[str, str] | None = field(default=None, repr=False)  # changes no item, so no fingerprint
 
     def read(self, record: Record, index: int, where: str) -> Task:
         """Turn one record into task `index`.
 
         Raises:
-            DataError: a field is missing, or the prompt is neither text nor messages; it begins with `where`.
+            DataError: a field is missing, there is no answer in its field, or the prompt is neither text nor messages;
+                it begins with `where`.
         """
-        prompt = field_of(record, self.prompt_key, where, setting="prompt_key")
-        answer = str(field_of(record, self.answer_key, where, setting="answer_key"))
+        prompt_setting, answer_setting = self.settings or (None, None)
+        prompt = field_of(record, self.prompt_key, where, setting=prompt_setting)
+        if self.context_key is not None:
+            prompt = f"{field_of(record, self.context_key, where, setting=None)}\n\n{prompt}"
+        answer = str(field_of(record, self.answer_key, where, setting=answer_setting))
         if self.answer_after:
-            answer = answer.rpartition(self.answer_after)[2].strip()
+            _, found, answer = answer.rpartition(self.answer_after)
+            if not found:
+                raise DataError(
+                    f"{where} has no {self.answer_after!r} in its {self.answer_key!r}, so no known answer; remove it"
+                )
+            answer = answer.strip()
+        check_answer(answer, self.answer_key, where)
         others = {key: value for key, value in record.items() if key not in (self.prompt_key, self.answer_key)}
         return Task(messages_of(prompt, "user", where), self.environment, {**others, "ground_truth": answer}, index)
 
@@ -237,8 +251,22 @@ def read_with_datasets(
     """
     from datasets import load_dataset
 
-    with reading_errors(source, split):
+    with reading_errors(source, split), _without_bars():
         return cast("Records", load_dataset(path, subset, split=split, data_files=data_files))
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Keep the progress bars of `datasets` off the terminal, which the run has its own for."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 @contextmanager
@@ -282,15 +310,26 @@ def check_not_empty(size: int, source: str) -> None:
         raise DataError(f"the data set {source} is empty; it needs at least one record")
 
 
-def field_of(record: Record, key: str, where: str, *, setting: str) -> object:
+def check_answer(answer: str, key: str, where: str) -> None:
+    """Refuse a known answer, read in field `key`, that says nothing.
+
+    Raises:
+        DataError: it is blank; it begins with `where`.
+    """
+    if not answer.strip():
+        raise DataError(f"{where} has an empty answer in its {key!r}; fill it in or remove the record")
+
+
+def field_of(record: Record, key: str, where: str, *, setting: str | None) -> object:
     """Read a field that must be there and hold something; `a.b.0` leads into it.
 
     Raises:
-        DataError: there is none; it begins with `where` and names the `setting` that chose it.
+        DataError: there is none; it begins with `where` and names the `setting` that chose it, if one did.
     """
     value = optional_field(record, key)
     if value is None:
-        raise DataError(f"{where} has no {key!r}, only {sorted(record)}; set {setting} to the field that holds it")
+        remedy = "correct or remove it" if setting is None else f"set {setting} to the field that holds it"
+        raise DataError(f"{where} has no {key!r}, only {sorted(record)}; {remedy}")
     return value
 
 

@@ -231,7 +231,8 @@ def _items[Item](
 def _problem_reader(spec: RecordsConfig, opened: Table | RecordStream) -> tuple[Reader[Task], Unwanted | None]:
     match spec:
         case LocalDataConfig() | HubDataConfig():
-            return RecordFields(spec.prompt_key, spec.answer_key, spec.environment), None
+            settings = ("prompt_key", "answer_key")
+            return RecordFields(spec.prompt_key, spec.answer_key, spec.environment, settings=settings), None
         case BuiltinDataConfig():
             known = BUILTIN[spec.name]
         case _:
@@ -241,7 +242,8 @@ def _problem_reader(spec: RecordsConfig, opened: Table | RecordStream) -> tuple[
         assert known.pictures is not None
         return PictureProblems(known.pictures, spec.environment, spec.image_folder), None
     without = Unwanted(columns.answer_key, columns.without_answer, "no answer") if columns.without_answer else None
-    return RecordFields(columns.prompt_key, columns.answer_key, spec.environment, columns.answer_after), without
+    keys = (columns.prompt_key, columns.answer_key)
+    return RecordFields(*keys, spec.environment, columns.answer_after, columns.context_key), without
 
 
 def _chat_reader(
