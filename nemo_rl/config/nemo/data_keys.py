@@ -71,9 +71,10 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 """What tells a file from a name on the hub."""
 
 PROMPTS = {
-    "cot.txt": "Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.\n\n{}",
+    "cot.txt": "Solve the problem below step by step, and put your final answer inside \\boxed{}.\n\n{}\n\n"
+    "Think step by step.",
 }
-"""The template files that come with NeMo RL."""
+"""In the place of template files that come with NeMo RL: the problem stands where it stands there, in words of ours."""
 
 _PROCESSORS = ("math_hf_data_processor", "math_data_processor", "sft_processor", "preference_preprocessor")
 
@@ -168,14 +169,15 @@ def _own_prompts(dataset: Spec) -> Mapping[str, Any]:
 
 
 def _prompts(file: Any) -> Mapping[str, Any]:
-    """The template of a file that comes with NeMo RL, or the file."""
+    """The template in the place of a file that comes with NeMo RL, or the file."""
     if not isinstance(file, str):
         return {} if file is None else {"prompt_file": file}
     is_theirs = Path(file).name in PROMPTS and not Path(file).is_file()
     return {"prompt": PROMPTS[Path(file).name]} if is_theirs else {"prompt_file": file}
 
 
-def _prompt_file(file: Any, _: Config) -> Action:
+def prompt_file(file: Any, _: Config) -> Action:
+    """`data.prompt_file` in today's keys."""
     return Set({f"data.{key}": value for key, value in _prompts(file).items()})
 
 
@@ -205,7 +207,7 @@ def data_keys(kind: Kind) -> Table:
         "data.train": Convert(partial(_nested, kind, "train")),
         "data.validation": Convert(partial(_nested, kind, "validation")),
         **{f"data.{name}": _SAID for name in _DESCRIPTION},
-        "data.prompt_file": Convert(_prompt_file),
+        "data.prompt_file": Convert(prompt_file),
         "data.system_key": Only((None,), Refuse("a system message is the first of the messages: move it there")),
         "data.system_prompt": Only((None,), Refuse("a system message is the first of the messages: move it there")),
         "data.use_preserving_dataset": Ignore("records may differ in form"),
