@@ -10,6 +10,7 @@ from nemo_rl.config.nemo.data_keys import data_keys, prompt_file
 from nemo_rl.config.nemo.grpo_keys import GRPO, GRPO_LOSS, UNLIMITED, limit
 from nemo_rl.config.nemo.policy_keys import generation_keys, policy_keys, tokenizer_keys
 from nemo_rl.config.nemo.run_keys import CLUSTER, ENVIRONMENTS, RUN
+from nemo_rl.config.nemo.template_keys import TEMPLATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def _supervised(section: str) -> Table:
 
 _SHARED: Table = {**policy_keys("policy"), **RUN}
 _TASKS: Table = {**_SHARED, **data_keys("tasks"), **ENVIRONMENTS}
-_EXAMPLES: Table = {**_SHARED, **data_keys("examples")}
+_EXAMPLES: Table = {**_SHARED, **data_keys("examples"), **TEMPLATE}
 _DPO: Table = {
     **_keep("dpo", "reference_policy_kl_penalty", "preference_average_log_probs", "sft_average_log_probs"),
     **_keep("dpo", "preference_loss_weight", "sft_loss_weight", "preference_loss"),
