@@ -94,7 +94,9 @@ def _train(
     _tell(loaded.notes)
     if dry_run:
         from nemo_rl.config.plan import render_plan
+        from nemo_rl.config.templates import check_prompts
 
+        check_prompts(loaded.config.data)
         sys.stdout.write(f"{dump_config(loaded.config)}\n{render_plan(loaded.config)}\n")
         return 0
     from nemo_rl.algorithms.launchers import launch
@@ -116,7 +118,9 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     _tell(loaded.notes)
     if arguments.dry_run:
         from nemo_rl.config.eval_plan import render_eval_plan
+        from nemo_rl.config.templates import check_prompts
 
+        check_prompts(loaded.config.data)
         sys.stdout.write(f"{dump_config(loaded.config)}\n{render_eval_plan(loaded.config)}\n")
         return 0
     from nemo_rl.algorithms.evaluate import launch_eval

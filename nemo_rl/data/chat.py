@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from jinja2 import TemplateError
 
+from nemo_rl.config.templates import split_template
 from nemo_rl.data.types import Message, Tool
 from nemo_rl.errors import DataError
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-_PLACE = re.compile(r"(?<![A-Za-z])\{\}")  # not the braces of a LaTeX command such as \boxed{}
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 _PLACEHOLDER = re.compile(r"\[:(\d+):\]")
 _FIRST_WORD = re.compile(r"\s*\S*")
@@ -29,12 +29,13 @@ class PromptFormat:
     """What surrounds a problem before it becomes a prompt.
 
     Attributes:
-        prompt: template of the user's message; its `{}` is filled with the problem, other braces are left alone.
+        prompt: template of the user's message; its `{}` is filled with the problem. Other braces are left alone; if
+            `{{` is among them, `{{` and `}}` stand for single ones (see `split_template`).
         system_prompt: system message to begin with; None leaves that to the conversation and the chat template.
         examples: worked examples as chat turns, put before the problem.
 
     Raises:
-        DataError: the template has not exactly one `{}` (the braces of a LaTeX command do not count).
+        DataError: the template has not exactly one place for the problem.
     """
 
     prompt: str = "{}"
@@ -43,10 +44,7 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         """Refuse a template that would lose or repeat the problem."""
-        if (places := len(_PLACE.findall(self.prompt))) != 1:
-            raise DataError(
-                f"the prompt template {self.prompt!r} has {places} places '{{}}' for the problem; give it one"
-            )
+        split_template(self.prompt)
 
     def with_own(self, template: str | None, system_prompt: str | None) -> PromptFormat:
         """Put what an item says about itself in the place of what holds for all."""
@@ -83,7 +81,7 @@ class PromptFormat:
             [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         )
         head, turns, last = messages[:has_system], messages[has_system:-1], messages[-1]
-        wrapped = Message(role=last["role"], content=_PLACE.sub(lambda _: last["content"], self.prompt))
+        wrapped = Message(role=last["role"], content=last["content"].join(split_template(self.prompt)))
         return (*system, *head, *self.examples, *turns, wrapped)
 
 

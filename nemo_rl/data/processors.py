@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_rl.config.templates import prompt_text
 from nemo_rl.data.chat import PromptFormat, check_readable, encode_prompt
 from nemo_rl.data.types import Task, TooLong
 from nemo_rl.errors import DataError
@@ -64,23 +64,3 @@ def read_prompt_format(
     """
     template = prompt or prompt_text(prompt_file, "prompt_file") or default
     return PromptFormat(prompt=template, system_prompt=prompt_text(system_prompt_file, "system_prompt_file"))
-
-
-def prompt_text(path: str | None, key: str) -> str | None:
-    """Read a prompt file; None if there is none.
-
-    Args:
-        path: the file.
-        key: the setting that names it, for the error.
-
-    Raises:
-        DataError: it cannot be read, or is not text in UTF-8.
-    """
-    if path is None:
-        return None
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read data.{key} = {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"cannot read data.{key} = {path}: it is not text in UTF-8") from error

@@ -10,10 +10,12 @@ from pydantic import create_model
 from nemo_rl.cli import main
 from nemo_rl.config.load import LoadedConfig, load_config
 from nemo_rl.config.migrate import migrate
+from nemo_rl.config.nemo.dataset_keys import PROMPTS
 from nemo_rl.config.nemo.translate import translate
 from nemo_rl.config.schema.algorithms import GroupAdvantages, GRPOConfig, GRPOLoopConfig
 from nemo_rl.config.schema.examples import ExampleDataConfig
 from nemo_rl.config.sources import Tree, keys_of
+from nemo_rl.config.templates import prompt_text, split_template
 from nemo_rl.errors import ConfigError
 
 FILES = Path(__file__).parent / "nemo"
@@ -145,7 +147,7 @@ def test_dpo_is_translated_with_its_report() -> None:
 def test_sft_is_translated_with_its_report() -> None:
     clean, noted = migrated(FILES / "sft.yaml")
     assert clean["policy"]["train_mb_tokens"] == 1024
-    assert clean["policy"]["tokenizer"]["chat_template"].startswith("{% for message in messages %}")
+    assert "{% for message in messages %}" in clean["policy"]["tokenizer"]["chat_template"]
     assert ExampleDataConfig.model_validate(clean["data"]).too_long == "skip"
     assert clean["data"]["train"] == {"name": "squad"}
     assert clean["data"]["validation"] == {"name": "squad", "split": "validation"}
@@ -155,8 +157,6 @@ def test_sft_is_translated_with_its_report() -> None:
         "policy.dtensor_cfg.sequence_parallel",
         "policy.sequence_packing.algorithm",
         "policy.sequence_packing.sequence_length_round",
-        "data.add_bos",
-        "data.add_eos",
         "data.add_generation_prompt",
         "logger.tensorboard.log_dir",
     ]
@@ -187,7 +187,7 @@ def test_distillation_follows_merge_keys_and_relative_interpolation() -> None:
     assert clean["loss_fn"] == {"kl_type": "mixed", "mixed_kl_weight": 0.5, "zero_outside_topk": False}
     assert clean["data"]["train"] == {"name": "DeepScaler", "environment": "math"}
     repeated = clean["data"]["validation"]
-    assert (repeated["repeat"], repeated["datasets"][0]["data"]["path"]) == (16, "HuggingFaceH4/aime_2024")
+    assert (repeated["repeat"], repeated["datasets"][0]["data"]["name"]) == (16, "AIME2024")
     assert clean["logger"]["wandb"]["name"] == "DeepScaler-Qwen/Qwen3-4B-mixed"
     assert len(set(noted)) == len(noted)
     assert {
@@ -275,7 +275,7 @@ def test_overrides_may_use_either_name_and_the_new_one_wins() -> None:
         FILES / "grpo_v05.yaml", "data.train={name: local, path: a.jsonl}", "data.validation={dataset_name: AIME2024}"
     )
     assert (local.config.data.train.name, local.config.data.train.path) == ("local", "a.jsonl")
-    assert local.config.data.validation.path == "HuggingFaceH4/aime_2024"
+    assert local.config.data.validation.name == "AIME2024"
 
 
 def test_one_old_key_is_enough_and_none_changes_nothing() -> None:
@@ -305,7 +305,45 @@ def test_a_template_file_of_the_users_stays_a_file(tmp_path: Path, monkeypatch: 
     values = {"data": {"prompt_file": "cot.txt", "dataset_name": "DeepScaler"}}
     assert translated(values)[0]["data"]["prompt_file"] == "cot.txt"
     (tmp_path / "cot.txt").unlink()
-    assert "step-by-step" in translated(values)[0]["data"]["prompt"]
+    (shipped,) = PROMPTS.values()
+    assert translated(values)[0]["data"]["prompt"] == shipped
+    eval_values = {"data": {"prompt_file": "examples/prompts/cot.txt"}, "generation": {"val_top_k": 1}}
+    assert translated(eval_values, "eval")[0]["data"] == {"prompt": shipped}
+
+
+def test_one_text_stands_for_the_prompt_file_wherever_the_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shipped,) = PROMPTS.values()
+    root = EXAMPLES.parents[1]
+    assert (root / "examples" / "prompts" / "cot.txt").read_text() == shipped
+    for name in ("grpo_math_1B", "ppo_math_1B"):
+        assert yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["data"]["prompt"] == shipped
+    before, after = split_template(shipped)
+    assert "\\boxed{}" in before and "step by step" in after
+    monkeypatch.chdir(root)
+    assert prompt_text(load(FILES / "grpo_v03.yaml").config.data.prompt_file, "prompt_file") == shipped
+    monkeypatch.chdir(tmp_path)
+    assert load(FILES / "grpo_v03.yaml").config.data.prompt == shipped
+
+
+def test_a_dry_run_reads_the_templates_that_the_run_would_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples" / "prompts").mkdir(parents=True)
+    template = tmp_path / "examples" / "prompts" / "cot.txt"
+    run = ["grpo", "--dry-run", "--config", str(FILES / "grpo_v03.yaml")]
+    template.write_text("Answer inside of \\boxed{{}}:\n{}\n\nStep by step")
+    assert main(run) == 0
+    template.write_text("{} and {}")
+    assert main(run) == 2
+    assert "has 2 places '{}' for the problem; give it one" in capsys.readouterr().err
+    mixture = "{name: mixture, datasets: [{data: {name: GSM8K, system_prompt_file: gone.txt}}]}"
+    assert main(["grpo", "--dry-run", f"data.validation={mixture}"]) == 2
+    assert "cannot read data.system_prompt_file = gone.txt" in capsys.readouterr().err
+    assert main(["eval", "--dry-run", "data.prompt_file=gone.txt"]) == 2
+    assert "cannot read data.prompt_file = gone.txt" in capsys.readouterr().err
 
 
 def test_a_rule_about_what_is_missing_ends_when_the_schema_has_the_key() -> None:

@@ -129,3 +129,24 @@ def test_a_processor_adds_tokens_and_holds_prompts_to_the_limit() -> None:
 def test_the_braces_of_a_latex_command_are_no_place_for_the_problem() -> None:
     form = PromptFormat(prompt=r"{} Put the answer in \boxed{}.")
     assert form.apply([Message(role="user", content=r"\1?")])[-1]["content"] == r"\1? Put the answer in \boxed{}."
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("Put it in \\boxed{{}}:\n{}\n\nThink", "Put it in \\boxed{}:\n{Q}\n\nThink"),
+        ("{{{}}}", "{{Q}}"),
+        ("Question{} {{x}}", "Question{Q} {x}"),
+        ("{} in \\boxed{...}, not x^{2} or \\text{}", "{Q} in \\boxed{...}, not x^{2} or \\text{}"),
+        ("x^{n^{2}} {}", "x^{n^{2}} {Q}"),
+    ],
+)
+def test_doubled_braces_are_those_of_a_format_string(template: str, said: str) -> None:
+    question = Message(role="user", content="{Q}")
+    assert PromptFormat(template).apply([question])[-1]["content"] == said
+
+
+@pytest.mark.parametrize(("template", "places"), [("\\boxed{{}}", 0), ("\\boxed{} {{}} {}", 2), ("{} {}", 2)])
+def test_a_template_of_either_form_has_one_place(template: str, places: int) -> None:
+    with pytest.raises(DataError, match=f"has {places} places"):
+        PromptFormat(template)

@@ -2,48 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from nemo_rl.config.nemo.actions import NOTHING, Action, Config, Convert, Ignore, Only, Refuse, Set, Table
-
-type Spec = Mapping[str, Any]
-type Kind = Literal["tasks", "examples"]
-"""Problems for the policy to answer, or answers to learn from."""
-
-_AIME_2024: Spec = {
-    "name": "hub",
-    "path": "HuggingFaceH4/aime_2024",
-    "split": "train",
-    "prompt_key": "problem",
-    "answer_key": "answer",
-}
-
-KNOWN: Mapping[str, Spec] = {
-    "AIME2024": _AIME_2024,
-    "AIME2025": {"name": "AIME2025"},
-    "DAPOMath17K": {"name": "DAPOMath17K"},
-    "DAPOMathAIME2024": {"name": "DAPOMathAIME2024"},
-    "DeepScaler": {"name": "DeepScaler"},
-    "HelpSteer3": {"name": "HelpSteer3"},
-    "OpenMathInstruct-2": {"name": "OpenMathInstruct-2"},
-    "Tulu3Preference": {"name": "tulu3_preference"},
-    "clevr-cogent": {"name": "clevr-cogent"},
-    "clevr_cogent": {"name": "clevr-cogent"},
-    "geometry3k": {"name": "geometry3k"},
-    "gsm8k": {"name": "GSM8K"},
-    "oasst": {"name": "open_assistant"},
-    "open_assistant": {"name": "open_assistant"},
-    "openmathinstruct2": {"name": "OpenMathInstruct-2"},
-    "refcoco": {"name": "refcoco"},
-    "squad": {"name": "squad"},
-    "tulu3_sft_mixture": {"name": "tulu3_sft_mixture"},
-}
-"""What NeMo RL's names of data sets stand for."""
+from nemo_rl.config.nemo.actions import NOTHING, Action, Add, Config, Convert, Ignore, Only, Refuse, Set, Table
+from nemo_rl.config.nemo.dataset_keys import (
+    DATASET_KEYS,
+    KNOWN,
+    Kind,
+    Spec,
+    key_of,
+    prompts_of,
+    spec_of,
+)
 
 _FLAT_VALIDATION: Mapping[str, Spec] = {
-    "DeepScaler": _AIME_2024,
-    "DAPOMath17K": _AIME_2024,
+    "DeepScaler": {"name": "AIME2024"},
+    "DAPOMath17K": {"name": "DAPOMathAIME2024"},
     "HelpSteer3": {"name": "HelpSteer3", "split": "validation"},
     "squad": {"name": "squad", "split": "validation"},
 }
@@ -51,132 +25,167 @@ _FLAT_VALIDATION: Mapping[str, Spec] = {
 
 _FLAT_SHARE = 0.05
 
-_TASK_KEYS = {"input_key": "prompt_key", "output_key": "answer_key", "prompt_key": "prompt_key"}
-
-_FORMATS: Mapping[str, tuple[Spec, Mapping[str, str]]] = {
-    "ResponseDataset": (
-        {"type": "completion", "prompt_key": "input", "completion_key": "output"},
-        {"input_key": "prompt_key", "output_key": "completion_key"},
-    ),
-    "PreferenceDataset": ({"type": "ranking"}, {}),
-    "BinaryPreferenceDataset": (
-        {"type": "pair"},
-        {"prompt_key": "prompt_key", "chosen_key": "chosen_key", "rejected_key": "rejected_key"},
-    ),
-    "openai_format": ({"type": "messages"}, {"chat_key": "messages_key", "tool_key": "tools_key"}),
+_FLAT = {
+    **{key: key for key in DATASET_KEYS if key not in ("dataset_name", "prompt_file", "system_prompt_file")},
+    **{"train_data_path": "data_path", "val_data_path": "data_path", "val_data_paths": "data_path"},
+    **{"train_split": "split", "val_split": "split"},
 }
-"""Names that stand for a file of the user's, or a data set of the hub: layout of its records, and the keys for it."""
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-"""What tells a file from a name on the hub."""
-
-PROMPTS = {
-    "cot.txt": "Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.\n\n{}",
-}
-"""The template files that come with NeMo RL."""
-
-_PROCESSORS = ("math_hf_data_processor", "math_data_processor", "sft_processor", "preference_preprocessor")
-
-
-def _renamed(dataset: Spec, names: Mapping[str, str]) -> Spec:
-    return {new: dataset[old] for old, new in names.items() if dataset.get(old) is not None}
-
-
-def _spec(kind: Kind, dataset: Spec, split: str) -> Spec | Refuse:
-    """The description of one data set (`train`, `validation` of v0.5) in today's keys."""
-    name, repeat = dataset.get("dataset_name") or "ResponseDataset", dataset.get("repeat", 1)
-    if dataset.get("processor") not in (None, *_PROCESSORS):
-        return _NO_PROCESSOR
-    around = _renamed(dataset, {"env_name": "environment"} if kind == "tasks" else {})
-    if isinstance(name, str) and name in KNOWN:
-        spec: Spec = {**_renamed(dataset, {"split": "split"}), **KNOWN[name], **around}
-    elif not isinstance(name, str) or name not in _FORMATS:
-        return Refuse(f"the name is not known here: write data.{split}={{name: hub, path: ..., ...}}")
-    elif not isinstance(path := dataset.get("data_path"), str):
-        return Refuse("the path is missing: set data_path")
-    else:
-        is_file = Path(path).suffix in _SUFFIXES
-        layout, keys = _FORMATS[name]
-        columns: Spec = {"format": {**layout, **_renamed(dataset, keys)}}
-        if kind == "tasks":
-            columns = {"prompt_key": "input", "answer_key": "output", **_renamed(dataset, _TASK_KEYS)}
-        place = {} if is_file else _renamed(dataset, {"subset": "subset", "split": "split"})
-        spec = {"name": "local" if is_file else "hub", "path": path, **place, **columns, **around}
-    return spec if repeat == 1 else {"name": "mixture", "datasets": [{"data": spec}], "repeat": repeat}
+"""What stands beside `data.dataset_name`, by the names that v0.5 has for it."""
 
 
 def _flat(kind: Kind, name: Any, config: Config) -> Action:
     """`data.dataset_name` with all that describes it beside it."""
     data = config.get("data")
-    train = _spec(kind, {**data, "data_path": data.get("train_data_path"), "split": data.get("train_split")}, "train")
+    for section in ("train", "validation"):
+        if _described(config, section):
+            return Refuse(f"data.{section} describes a data set as well: keep one of the two forms")
+    split = data.get("train_split") or data.get("split")
+    train = spec_of(kind, {**data, "data_path": data.get("train_data_path"), "split": split}, "train")
     if isinstance(train, Refuse):
         return train
-    named = data.get("val_data_paths")
-    paths = list(named.values()) if isinstance(named, dict) else [data.get("val_data_path")]
+    paths = _validation_paths(data)
     if len(paths) > 1:
         return Refuse("there is one validation set here: name one file in data.val_data_paths")
     if paths != [None]:
-        other = _spec(kind, {**data, "data_path": paths[0], "split": data.get("val_split")}, "validation")
-    elif name in _FLAT_VALIDATION:
+        other = spec_of(kind, {**data, "data_path": paths[0], "split": data.get("val_split")}, "validation")
+    elif isinstance(name, str) and name in _FLAT_VALIDATION:
         other = _FLAT_VALIDATION[name]
-    elif name in KNOWN:
+    elif isinstance(name, str) and name in KNOWN:
         return Set({"data.train": train, "data.split_validation_size": _FLAT_SHARE})
     else:
         return Set({"data.train": train})
     return other if isinstance(other, Refuse) else Set({"data.train": train, "data.validation": other})
 
 
+def _validation_paths(data: Spec) -> list[Any]:
+    named = data.get("val_data_paths")
+    return list(named.values()) if isinstance(named, dict) else [data.get("val_data_path")]
+
+
+def _flat_key(kind: Kind, key: str, value: Any, config: Config) -> Action:
+    """One of the keys beside `data.dataset_name`."""
+    data = config.get("data")
+    if value is None or (key == "env_name" and kind == "tasks"):
+        return NOTHING
+    is_validation = key.startswith("val_")
+    paths = _validation_paths(data)
+    if key == "val_split" and paths == [None] and data.get("dataset_name") is not None:
+        return Refuse("there is no data.val_data_path beside it: describe data.train and data.validation instead")
+    path = paths[0] if is_validation and paths else data.get("train_data_path")
+    action = key_of(kind, _FLAT[key], value, {**data, "data_path": path})
+    if data.get("dataset_name") is None and action == NOTHING:
+        return Refuse("it describes data.dataset_name, which is not set: write it into data.train")
+    return _seeded(action, key, value, config)
+
+
+def _seeded(action: Action, key: str, value: Any, config: Config) -> Action:
+    """The seed of the run is no other one."""
+    seeds = (config.get(f"{section}.seed") for section in ("grpo", "sft", "dpo", "rm", "distillation"))
+    return NOTHING if key == "seed" and value in seeds else action
+
+
+def _described(config: Config, section: str) -> Sequence[Spec]:
+    """The data sets of `data.train` or `data.validation` that are described in NeMo RL's keys."""
+    held = config.get(f"data.{section}")
+    datasets = held if isinstance(held, list) else [held]
+    return [one for one in datasets if isinstance(one, dict) and "name" not in one]
+
+
+def _around(config: Config) -> Spec:
+    """What holds for all data sets of v0.5."""
+    default = config.get("data.default")
+    return {"env_name": config.get("data.env_name"), **(default if isinstance(default, dict) else {})}
+
+
 def _nested(kind: Kind, split: str, dataset: Any, config: Config) -> Action | None:
     """`data.train` and `data.validation` of v0.5, on top of `data.default`; a list is one data set after the other."""
     if dataset is None or (isinstance(dataset, dict) and "name" in dataset):
         return NOTHING if dataset is None else None
-    default = config.get("data.default")
-    around = {"env_name": config.get("data.env_name"), **(default if isinstance(default, dict) else {})}
+    around = _around(config)
     if isinstance(dataset, list) and all(isinstance(one, dict) for one in dataset):
-        return _several(kind, split, [{**around, **one} for one in dataset])
+        return _several(kind, split, dataset, around)
     if not isinstance(dataset, dict):
         return Refuse("a data set is a section: write dataset_name and what describes it")
-    whole: Spec = {**around, **dataset}
-    spec = _spec(kind, whole, split)
+    spec = _whole(kind, split, dataset, around)
     if isinstance(spec, Refuse):
         return spec
-    share = whole.get("split_validation_size")
+    share = {**around, **dataset}.get("split_validation_size") if split == "train" else None
     divided = {"data.split_validation_size": share} if isinstance(share, int | float) and share else {}
-    prompts = {f"data.{key}": value for key, value in _own_prompts(whole).items()}
-    return Set({f"data.{split}": spec, **divided, **prompts})
+    return Add({f"data.{split}": spec, **divided})
 
 
-def _several(kind: Kind, split: str, datasets: Sequence[Spec]) -> Action:
+def _several(kind: Kind, split: str, datasets: Sequence[Spec], around: Spec) -> Action:
     """Data sets one after the other: a mixture by size."""
     parts: list[Spec] = []
     for dataset in datasets:
-        if dataset.get("repeat", 1) != 1 or dataset.get("split_validation_size"):
+        whole = {**around, **dataset}
+        if whole.get("repeat", 1) != 1 or whole.get("split_validation_size"):
             return Refuse(
                 "data sets of a list are neither repeated nor divided one by one: name data.validation itself"
             )
-        spec = _spec(kind, dataset, split)
+        spec = _whole(kind, split, dataset, around)
         if isinstance(spec, Refuse):
             return spec
-        parts.append({"weight": None, "data": {**spec, **_own_prompts(dataset)}})
-    return Set({f"data.{split}": {"name": "mixture", "datasets": parts}})
+        parts.append({"weight": None, "data": spec})
+    return Add({f"data.{split}": {"name": "mixture", "datasets": parts}})
 
 
-def _own_prompts(dataset: Spec) -> Mapping[str, Any]:
-    """The template and the system prompt that a data set names."""
-    system = dataset.get("system_prompt_file")
-    return {**_prompts(dataset.get("prompt_file")), **({} if system is None else {"system_prompt_file": system})}
+def _whole(kind: Kind, split: str, dataset: Spec, around: Spec) -> dict[str, Any] | Refuse:
+    """The description of a data set with the words of its own; those of `data.default` stand in `data`."""
+    words: dict[str, Any] = dict(prompts_of(dataset.get("prompt_file")))
+    if "prompt_file" in dataset and not words and around.get("prompt_file") is not None:
+        words["prompt"] = "{}"
+    if (system := dataset.get("system_prompt_file")) is not None:
+        words["system_prompt_file"] = system
+    elif "system_prompt_file" in dataset and around.get("system_prompt_file") is not None:
+        return Refuse("a system prompt cannot be taken back: name system_prompt_file in the data sets that have one")
+    spec = spec_of(kind, {**around, **dataset}, split)
+    if isinstance(spec, Refuse):
+        return spec
+    if spec["name"] == "mixture":
+        return {**spec, "datasets": [{"data": {**part["data"], **words}} for part in spec["datasets"]]}
+    return {**spec, **words}
 
 
-def _prompts(file: Any) -> Mapping[str, Any]:
-    """The template of a file that comes with NeMo RL, or the file."""
-    if not isinstance(file, str):
-        return {} if file is None else {"prompt_file": file}
-    is_theirs = Path(file).name in PROMPTS and not Path(file).is_file()
-    return {"prompt": PROMPTS[Path(file).name]} if is_theirs else {"prompt_file": file}
+def _nested_key(kind: Kind, split: str, key: str, value: Any, config: Config) -> Action | None:
+    """One key of `data.train` or `data.validation`; those of today's form are none of ours."""
+    around = _around(config)
+    own = [one for one in _described(config, split) if key in one and one[key] == value]
+    if not own:
+        return None
+    if key == "split_validation_size" and split == "validation" and value:
+        return Refuse("data for validation are not divided: leave it out")
+    return _worst([key_of(kind, key, value, {**around, **one}) for one in own], key, value, config)
 
 
-def _prompt_file(file: Any, _: Config) -> Action:
-    return Set({f"data.{key}": value for key, value in _prompts(file).items()})
+def _default_key(kind: Kind, key: str, value: Any, config: Config) -> Action:
+    """One key of `data.default`, which may have no meaning for some of the data sets."""
+    if value is None:
+        return NOTHING
+    if key in ("prompt_file", "system_prompt_file"):
+        return prompt_file(value, config) if key == "prompt_file" else Set({f"data.{key}": value})
+    around = _around(config)
+    heirs = [one for split in ("train", "validation") for one in _described(config, split) if key not in one]
+    answers = [key_of(kind, key, value, {**around, **one}) for one in heirs]
+    useful = [answer for answer in answers if not isinstance(answer, Refuse)]
+    if not heirs:
+        return Ignore("every data set says it itself, or is described in the keys of this version")
+    return _worst(useful or answers, key, value, config)
+
+
+def _worst(answers: Sequence[Action], key: str, value: Any, config: Config) -> Action:
+    """Of what several data sets say about a key, what has to be told."""
+    told = next((one for kind in (Refuse, Only, Ignore) for one in answers if isinstance(one, kind)), answers[0])
+    return _seeded(told, key, value, config)
+
+
+def _default(default: Any, _: Config) -> Action | None:
+    return None if default is None or isinstance(default, dict) else Refuse("it is a section: write its keys into it")
+
+
+def prompt_file(file: Any, _: Config) -> Action:
+    """`data.prompt_file` in today's keys."""
+    return Set({f"data.{key}": value for key, value in prompts_of(file).items()})
 
 
 def _prompt_limit(limit: Any, _: Config) -> Action | None:
@@ -184,17 +193,7 @@ def _prompt_limit(limit: Any, _: Config) -> Action | None:
     return None if limit is None else Set({"data.max_input_seq_length": limit, "data.too_long": "skip"})
 
 
-_NO_PROCESSOR = Refuse(
-    "records are read by their columns, or by data.train.processor=package.module:name (see docs/data.md)"
-)
 _TEMPLATE = Ignore("the chat template decides what surrounds a message")
-_SAID = NOTHING  # by the data set, into whose description it goes
-
-_DESCRIPTION = (
-    *("default", "train_data_path", "val_data_path", "val_data_paths", "train_split", "val_split", "subset", "split"),
-    *("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "chat_key", "tool_key", "env_name"),
-    *("repeat", "seed"),
-)
 
 
 def data_keys(kind: Kind) -> Table:
@@ -204,13 +203,9 @@ def data_keys(kind: Kind) -> Table:
         "data.dataset_name": Convert(partial(_flat, kind)),
         "data.train": Convert(partial(_nested, kind, "train")),
         "data.validation": Convert(partial(_nested, kind, "validation")),
-        **{f"data.{name}": _SAID for name in _DESCRIPTION},
-        "data.prompt_file": Convert(_prompt_file),
-        "data.system_key": Only((None,), Refuse("a system message is the first of the messages: move it there")),
-        "data.system_prompt": Only((None,), Refuse("a system message is the first of the messages: move it there")),
-        "data.use_preserving_dataset": Ignore("records may differ in form"),
-        "data.processor": Only((None, *_PROCESSORS), _NO_PROCESSOR),
-        "data.download_dir": Ignore("files are cached where the hub's client keeps them (HF_HOME)"),
+        "data.default": Convert(_default),
+        **_dataset_tables(kind),
+        "data.prompt_file": Convert(prompt_file),
         "data.use_multiple_dataloader": Only((False,), Refuse("this version reads one data set")),
         "data.num_prompts_per_dataloader": NOTHING,  # use_multiple_dataloader says it
         "data.add_bos": _TEMPLATE,
@@ -218,3 +213,13 @@ def data_keys(kind: Kind) -> Table:
         "data.add_generation_prompt": _TEMPLATE,
         "data.add_system_prompt": _TEMPLATE,
     }
+
+
+def _dataset_tables(kind: Kind) -> Table:
+    """The keys of a data set, in each of the places where they may stand."""
+    table: dict[str, Action] = {f"data.{key}": Convert(partial(_flat_key, kind, key)) for key in _FLAT}
+    for key in DATASET_KEYS:
+        table[f"data.default.{key}"] = Convert(partial(_default_key, kind, key))
+        for split in ("train", "validation"):
+            table[f"data.{split}.{key}"] = Convert(partial(_nested_key, kind, split, key))
+    return table

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from nemo_rl.config.nemo.actions import NOTHING, Action, Config, Convert, Ignore, Keep, Only, Refuse, Set, Table
-from nemo_rl.config.nemo.data_keys import data_keys
+from nemo_rl.config.nemo.data_keys import data_keys, prompt_file
 from nemo_rl.config.nemo.grpo_keys import GRPO, GRPO_LOSS, UNLIMITED, limit
 from nemo_rl.config.nemo.policy_keys import generation_keys, policy_keys, tokenizer_keys
 from nemo_rl.config.nemo.run_keys import CLUSTER, ENVIRONMENTS, RUN
+from nemo_rl.config.nemo.template_keys import TEMPLATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def _supervised(section: str) -> Table:
 
 _SHARED: Table = {**policy_keys("policy"), **RUN}
 _TASKS: Table = {**_SHARED, **data_keys("tasks"), **ENVIRONMENTS}
-_EXAMPLES: Table = {**_SHARED, **data_keys("examples")}
+_EXAMPLES: Table = {**_SHARED, **data_keys("examples"), **TEMPLATE}
 _DPO: Table = {
     **_keep("dpo", "reference_policy_kl_penalty", "preference_average_log_probs", "sft_average_log_probs"),
     **_keep("dpo", "preference_loss_weight", "sft_loss_weight", "preference_loss"),
@@ -82,7 +83,8 @@ _EVAL: Table = {
     "generation.colocated.resources": NOTHING,  # colocated.enabled says it
     "generation.num_prompts_per_step": Ignore("answers are sampled as many side by side as the engine takes"),
     **tokenizer_keys("tokenizer"),
-    **_keep("data", "dataset_name", "max_input_seq_length", "prompt_file", "system_prompt_file", "split"),
+    **_keep("data", "dataset_name", "max_input_seq_length", "system_prompt_file", "split"),
+    "data.prompt_file": Convert(prompt_file),
     "data.repeat": Only((1,), Refuse("several answers to each problem are eval.num_tests_per_prompt: set that")),
     **_keep("data", "problem_key", "solution_key", "file_format"),
     **CLUSTER,

@@ -123,6 +123,9 @@ class _Translation:
         if is_section and isinstance(value, dict) and value:
             for name, inner in value.items():
                 self.visit((*key, name), inner)
+        elif has_rules and isinstance(value, list) and value:  # of sections
+            for place, section in enumerate(value):
+                self._look_inside((*key, str(place)), section)
         elif self._is_known(key):
             self._put(key, value, key, replace=True)
         elif not has_rules or value:
@@ -140,15 +143,15 @@ class _Translation:
 
     def _rule(self, key: Key) -> Action | None:
         """What the table says; that something is not there holds only while the schema has no such key."""
-        table = self.dialect.table
-        action = table.get(".".join(key)) or table.get(".".join((*key[:-1], "*")))
+        table, name = self.dialect.table, _without_places(key)
+        action = table.get(".".join(name)) or table.get(".".join((*name[:-1], "*")))
         outcome = action
         while isinstance(outcome, Only | Off):
             outcome = outcome.otherwise
         return None if isinstance(outcome, Ignore | Refuse) and find(self.schema, key) else action
 
     def _rules_below(self, key: Key) -> Iterator[str]:
-        start = ".".join(key) + "."
+        start = ".".join(_without_places(key)) + "."
         return (name[len(start) :] for name in self.dialect.table if name.startswith(start))
 
     def _is_known(self, key: Key) -> bool:
@@ -180,3 +183,8 @@ class _Translation:
         proposal = ".".join((*parent, close[0])) if close else nearest(self.schema, key)
         hint = f"did you mean {proposal}?" if proposal else f"known here are {', '.join(sorted(siblings))}"
         return f"unknown key {'.'.join(key)} ({self.tree.where(key)}): {hint}"
+
+
+def _without_places(key: Key) -> Key:
+    """What stands in a list has the rules of what would stand there alone."""
+    return tuple(part for part in key if not part.isdigit())

@@ -11,6 +11,7 @@ from nemo_rl.config.schema.cluster import ClusterConfig
 from nemo_rl.config.schema.environments import EnvironmentConfig, MathEnvironmentConfig
 from nemo_rl.config.schema.generation import VLLMEngineConfig
 from nemo_rl.config.schema.policy import TokenizerConfig
+from nemo_rl.config.schema.sources import template_fault
 
 ARITHMETIC = "arithmetic"
 """The problems that are generated offline."""
@@ -191,6 +192,8 @@ class EvalDataConfig(Section):
     def _one_template(self) -> Self:
         if self.prompt is not None and self.prompt_file is not None:
             raise conflict("prompt and prompt_file are both set: keep one", "prompt", "prompt_file")
+        if fault := template_fault(self.prompt):
+            raise fault
         return self
 
 

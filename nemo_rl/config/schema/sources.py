@@ -6,6 +6,17 @@ from pydantic import Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from nemo_rl.config.schema.base import ImportPath, NonNegativeInt, PositiveInt, Section, conflict
+from nemo_rl.config.templates import split_template
+from nemo_rl.errors import DataError
+
+
+def template_fault(prompt: str | None) -> PydanticCustomError | None:
+    """Refuse a template that would lose or repeat the problem."""
+    try:
+        split_template("{}" if prompt is None else prompt)
+    except DataError as error:
+        return conflict(str(error), "prompt")
+    return None
 
 
 class PromptedConfig(Section):
@@ -26,8 +37,8 @@ class PromptedConfig(Section):
     def _one_template(self) -> Self:
         if self.prompt is not None and self.prompt_file is not None:
             raise conflict("prompt and prompt_file are both set: keep one", "prompt", "prompt_file")
-        if self.prompt is not None and "{}" not in self.prompt:
-            raise conflict("prompt has no '{}' where the problem goes: add it", "prompt")
+        if fault := template_fault(self.prompt):
+            raise fault
         return self
 
 
