@@ -65,6 +65,13 @@ def test_a_dry_run_prints_the_resolved_configuration_and_the_plan(capsys: pytest
     assert "1,543,714,304 parameters" in plan
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/run_*.py")), ids=lambda script: script.stem)
+def test_every_example_script_describes_its_run(script: Path) -> None:
+    done = run(str(script), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "memory estimate" in done.stdout
+
+
 def test_the_example_script_is_the_command_line() -> None:
     done = run("examples/run_grpo_math.py", "--dry-run", "grpo.seed=11")
     assert done.returncode == 0, done.stderr

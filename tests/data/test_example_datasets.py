@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from nemo_rl.config.schema.examples import ExampleDataConfig, ExampleSpec
 from nemo_rl.data.datasets.registry import build_chats, build_pairs, load_chats, load_pairs
+from nemo_rl.data.datasets.streams import ItemStream
 from nemo_rl.data.types import Chat, ChatPair, ItemDataset, Message
 from nemo_rl.errors import DataError
 
@@ -271,3 +272,14 @@ def test_examples_of_ones_own_are_called_by_import_path(tmp_path: Path) -> None:
     assert build_pairs(pairs, "train")[0].rejected[0]["content"] == "no"
     with pytest.raises(DataError, match="must return a sequence of ChatPair"):
         build_pairs(chats, "train")
+
+
+def test_every_second_sum_is_wrong_and_marked_so() -> None:
+    spec = SPEC.validate_python({"name": "arithmetic", "num_samples": 6})
+    judged, right = build_chats(spec, "train", judged=True), build_chats(spec, "train")
+    assert not isinstance(judged, ItemStream) and not isinstance(right, ItemStream)
+    answers = [(judged[index], right[index]) for index in range(6)]
+    assert [one.desirable for one, _ in answers] == [True, False] * 3
+    assert all((one.messages == other.messages) == one.desirable for one, other in answers)
+    assert all(one.messages[:-1] == other.messages[:-1] for one, other in answers)
+    assert judged.fingerprint != right.fingerprint

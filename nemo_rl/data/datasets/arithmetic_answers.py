@@ -1,5 +1,6 @@
-"""The arithmetic problems with answers to imitate or to compare: conversations and pairs that need no download."""
+"""The arithmetic problems with answers to imitate, to compare or judged: conversations and pairs without a download."""
 
+import hashlib
 from dataclasses import dataclass
 from random import Random
 
@@ -53,6 +54,27 @@ class ArithmeticPairs:
     def fingerprint(self) -> str:
         """That of the problems."""
         return self.problems.fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class ArithmeticJudged:
+    """Each problem with one answer of a pair: the right one, marked good, or at every second problem the wrong one."""
+
+    pairs: ArithmeticPairs
+
+    def __len__(self) -> int:
+        """Number of problems."""
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Chat:
+        """Problem `index` and an answer to it."""
+        pair, is_right = self.pairs[index], index % 2 == 0
+        return Chat((*pair.prompt, *(pair.chosen if is_right else pair.rejected)), index=index, desirable=is_right)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the pairs and of what is taken from them."""
+        return hashlib.sha256(f"judged/{self.pairs.fingerprint}".encode()).hexdigest()
 
 
 def _answer(number: object) -> Message:

@@ -25,7 +25,7 @@ from nemo_rl.config.schema.examples import (
 from nemo_rl.config.schema.formats import ChoiceFormat, JudgedFormat
 from nemo_rl.config.schema.sources import CustomDataConfig, LoadingConfig, SourceConfig
 from nemo_rl.data.datasets.arithmetic import ArithmeticDataset, unrepeatable_questions
-from nemo_rl.data.datasets.arithmetic_answers import ArithmeticChats, ArithmeticPairs
+from nemo_rl.data.datasets.arithmetic_answers import ArithmeticChats, ArithmeticJudged, ArithmeticPairs
 from nemo_rl.data.datasets.builtin import BUILTIN, Builtin, open_builtin
 from nemo_rl.data.datasets.chats import threads
 from nemo_rl.data.datasets.combine import mixture, repeated, split_off, split_off_parts
@@ -85,7 +85,8 @@ def build_chats(spec: ExampleSpec, split: str, *, judged: bool = False) -> Sourc
     """
     match spec:
         case ArithmeticDataConfig():
-            return prompted(ArithmeticChats(_arithmetic(spec, split)), spec)
+            problems = _arithmetic(spec, split)
+            return prompted(ArithmeticJudged(ArithmeticPairs(problems)) if judged else ArithmeticChats(problems), spec)
         case CustomDataConfig():
             return prompted(load_custom(spec.path, spec.kwargs, Chat), spec)
         case ExampleMixtureConfig():
