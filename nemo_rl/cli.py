@@ -96,7 +96,7 @@ def _train(
         from nemo_rl.config.plan import render_plan
         from nemo_rl.config.templates import check_prompts
 
-        check_prompts(loaded.config.data)
+        check_prompts(loaded.config)
         sys.stdout.write(f"{dump_config(loaded.config)}\n{render_plan(loaded.config)}\n")
         return 0
     from nemo_rl.algorithms.launchers import launch
@@ -120,7 +120,7 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         from nemo_rl.config.eval_plan import render_eval_plan
         from nemo_rl.config.templates import check_prompts
 
-        check_prompts(loaded.config.data)
+        check_prompts(loaded.config)
         sys.stdout.write(f"{dump_config(loaded.config)}\n{render_eval_plan(loaded.config)}\n")
         return 0
     from nemo_rl.algorithms.evaluate import launch_eval

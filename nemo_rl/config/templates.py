@@ -63,7 +63,7 @@ def prompt_text(path: str | None, key: str) -> str | None:
 
 
 def check_prompts(section: BaseModel) -> None:
-    """Read the prompt files that a section `data` and the data sets in it name, as the run will.
+    """Read the prompt files that a configuration names, as the run will.
 
     Raises:
         DataError: one cannot be read, or a template has not exactly one place for the problem.
