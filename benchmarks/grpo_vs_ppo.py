@@ -32,7 +32,7 @@ ALGORITHMS = {"grpo": "tab:blue", "ppo": "tab:orange"}
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 CLAIM = 3.2
 """GRPO is said to converge so many times faster than PPO."""
-PROMPTS, ANSWERS = 24, 8
+PROMPTS, ANSWERS = 16, 8
 """Of a step, on both sides."""
 GRID = 200
 """Points of a drawn curve."""
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="ALGORITHM:SEED", help="do only these runs, e.g. grpo:1")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of each run (default: %(default)s)")
     parser.add_argument("--val-period", type=int, default=2, help="steps between validations (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny model and sizes: shows that it runs")
     parser.add_argument("--runs", type=Path, default=Path("results/grpo_vs_ppo"), help="where the runs' folders are")
