@@ -83,7 +83,12 @@ def test_a_member_learns_and_with_the_sign_turned_round_does_not(
     code = RIGHT_AND_SHORT if member == "gdpo" else VOWELS
     assert late_reward(letters_run(letters, tmp_path / "right", *FAMILY[member], code=code)) > 0.3
     flipped()
-    assert late_reward(letters_run(letters, tmp_path / "wrong", *FAMILY[member], code=code)) < 0.1
+    try:
+        wrong = letters_run(letters, tmp_path / "wrong", *FAMILY[member], code=code)
+    except RolloutError as error:  # dynamic sampling finds no answer left that is better than another
+        assert "got equal rewards" in str(error)
+    else:
+        assert late_reward(wrong) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from nemo_rl.data.packing import micro_batches
 from nemo_rl.data.types import ChatPair, Example, Message, Preference
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.models.load import load_tokenizer
-from nemo_rl.objectives.preference import pair_indices
+from nemo_rl.objectives.preference import PreferenceObjective, pair_indices
 from tiny_run import records, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
 
 CONVERSATION = (("user", "0?"), ("assistant", "yes"), ("assistant", "no"))
@@ -180,8 +180,11 @@ def test_settings_that_cannot_work_are_refused(setting: str, message: str) -> No
 
 
 def test_kto_asks_for_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
-    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.val_at_start=false")
-    with pytest.raises(DataError, match="is not judged good or bad, which kto needs"):
+    file = tmp_path / "plain.jsonl"
+    file.write_text(json.dumps({"prompt": "1 + 1?", "completion": "2"}))
+    data = f"data.train={{name: local, path: '{file}'}}"
+    given = settings(tiny_llama, tmp_path / "run", "dpo.preference_loss=kto", "dpo.val_at_start=false", data)
+    with pytest.raises(DataError, match=r"the records of .*plain.jsonl have no label; give the data a format"):
         launch_preference(load_config(None, given, DPOConfig))
 
 
@@ -191,7 +194,6 @@ def test_kto_asks_for_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
         ("preference_loss=ipo", "kind", "ipo"),
         ("reference_policy_kl_penalty=0.3", "beta", 0.3),
         ("label_smoothing=0.1", "label_smoothing", 0.1),
-        ("simpo_margin=0.7", "margin", 0.7),
         ("preference_average_log_probs=true", "average_logprobs", True),
         ("preference_loss_weight=2.0", "preference_weight", 2.0),
         ("sft_loss_weight=0.5", "sft_weight", 0.5),
@@ -201,6 +203,12 @@ def test_kto_asks_for_judged_answers(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_loss_setting_arrives_in_the_objective(setting: str, field: str, value: object) -> None:
     objective = preference_objective(load_config(None, [f"dpo.{setting}"], DPOConfig).config.dpo)
     assert getattr(objective, field) == value
+
+
+def test_simpos_margin_arrives_in_the_objective() -> None:
+    given = ["dpo={preference_loss: simpo, simpo_margin: 0.7}"]
+    objective = preference_objective(load_config(None, given, DPOConfig).config.dpo)
+    assert isinstance(objective, PreferenceObjective) and objective.margin == 0.7
 
 
 def test_kto_starts_at_a_half(tiny_llama: Path, tmp_path: Path) -> None:

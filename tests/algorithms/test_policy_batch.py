@@ -232,7 +232,11 @@ def test_the_kl_in_the_reward_is_the_estimate_asked_for(setting: str, estimate: 
     assert first - second == pytest.approx(1 + 0.5 * (4 - 2) * estimate)
 
 
-SIZES = ("grpo.num_generations_per_prompt=4", "policy.generation.max_new_tokens=1000")
+SIZES = (
+    "grpo.num_generations_per_prompt=4",
+    "policy.generation.max_new_tokens=1000",
+    "policy.max_total_sequence_length=2000",
+)
 
 
 @pytest.mark.parametrize(
