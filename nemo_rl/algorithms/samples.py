@@ -277,7 +277,8 @@ def _said(extracted: str | None) -> Hashable | None:
     if extracted is None:
         return None
     spelling = _EQUATED.sub("", _SETTING.sub("", extracted)).removesuffix(".").replace("\\%", "%")
-    return plain_number(spelling) or spelling
+    number = plain_number(spelling)
+    return spelling if number is None else number
 
 
 def _settings(folder: Path) -> tuple[MetricName, int]:

@@ -29,6 +29,10 @@ def reward(completion: str, ground_truth: str) -> float:
         raise ValueError("no verdict")
     return sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
 """
+HALF = """
+def reward(completion: str, ground_truth: str) -> float:
+    return 0.5
+"""
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +193,10 @@ def test_bad_input_is_one_sentence(override: str, says: str, model: Path, proble
 
 
 def test_graded_scores_have_no_pass_at_k_and_end_the_sampling(model: Path, problems: Path, tmp_path: Path) -> None:
-    arguments = settings(model, problems, tmp_path / "out", "generation.max_batch_size=1", code=SHARE)
+    arguments = settings(model, problems, tmp_path / "out", "generation.max_batch_size=1", code=HALF)
     with pytest.raises(NemoRLError, match=r"use eval\.metric=avg@n \(the answers so far are in .*samples\.jsonl\)"):
         evaluate(arguments)
-    assert len(read_samples(tmp_path / "out" / "samples.jsonl")) == 4
+    assert len(read_samples(tmp_path / "out" / "samples.jsonl")) == 8
 
 
 def test_nemo_rls_words_run_on_what_there_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

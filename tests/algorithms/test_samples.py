@@ -46,6 +46,7 @@ def test_wrong_answers_vote_together_where_they_say_the_same() -> None:
         return scores_by_prompt("cons@k", 5, answers("2", "2", *wrong))[0, "1 + 1?"]
 
     assert consensus("0.50", "1/2", "\\frac{1}{2}") == 0
+    assert consensus("0", "0.0", "0.00") == 0
     assert consensus("x = 3\\,\\pi", "3 \\pi", "3\\pi.") == 0
     assert consensus("\\left( 1, 2\\right)", "(1,2)", "$(1,2)$") == 0
     assert consensus("(1, 2)", "(1, 3)", "(1,2)") == 0.5

@@ -247,8 +247,8 @@ class EvalConfig(CommandConfig):
     def _answers_are_read(self) -> Self:
         if self.eval.metric == "cons@k" and self.environments[self.judge].type != "math":
             raise conflict(
-                f"eval.metric = cons@k counts the answers that env.{self.judge} reads, and a function tells none: use"
-                " pass@k or avg@n",
+                f"eval.metric = cons@k counts the answers that env.{self.judge} reads, and only a math environment"
+                " tells them: use pass@k or avg@n",
                 "eval.metric",
             )
         return self
