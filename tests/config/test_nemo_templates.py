@@ -18,8 +18,8 @@ from tiny_models import embedded_folder  # pyright: ignore[reportImplicitRelativ
 ASK: Message = {"role": "user", "content": "2 + 2?"}
 SAY: Message = {"role": "assistant", "content": "4"}
 CONTEXT = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ ' Question: ' + message['content'] + ' Answer: '}}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ ' Question: ' + message['content'] + ' Answer: ' }}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}\n"
 )
 LINES = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
