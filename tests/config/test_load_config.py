@@ -33,7 +33,7 @@ def error_of(path: str | Path | None = None, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_loads_and_its_dump_loads_to_the_same(path: Path, tmp_path: Path) -> None:
-    kind = COMMANDS.get(path.stem.split("_")[0], GRPOConfig)
+    kind = next((kind for name, kind in COMMANDS.items() if path.stem.startswith(name)), GRPOConfig)
     config = load_config(path, (), kind).config
     assert load_config(write(tmp_path, "dump.yaml", dump_config(config)), (), kind).config == config
 

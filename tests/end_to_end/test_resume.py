@@ -117,7 +117,7 @@ def test_ctrl_c_again_while_saving_stops_at_once_and_leaves_the_checkpoint_befor
     steps = ("grpo.max_num_steps=50", "checkpointing.save_period=2")
     process = in_process(overrides(tiny_llama, reward, folder, *steps), stuck_in_save=2)
     pid = process.pid or 0
-    wait_for(folder / "step_2", pid)
+    wait_for(folder / "rollouts" / "step_3.jsonl", pid)  # so that there is something to save besides step 2
     os.kill(pid, signal.SIGINT)
     wait_for(tmp_path / "stopped.stuck", pid)
     os.kill(pid, signal.SIGINT)
