@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_rl.errors import ConfigError, DataError
@@ -76,6 +76,7 @@ def _vote(choice: Sequence[tuple[int | None, bool]]) -> float:
     return float("right" in ahead) / len(ahead) if ahead else 0.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.none() | st.integers(0, 3), st.booleans()), min_size=1, max_size=8), st.data())
 def test_consensus_is_the_mean_vote_of_all_choices(samples: list[tuple[int | None, bool]], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(samples)))
