@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.distributed.mesh import Mesh
 from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
@@ -85,6 +86,7 @@ class PyTorchBackend:
         *,
         head: Head = "language",
         with_reference: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         """Load the model.
 
@@ -94,6 +96,7 @@ class PyTorchBackend:
             tokenizer: saved with every checkpoint and export.
             head: what stands on the trunk.
             with_reference: keep a frozen copy of the starting weights.
+            mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
         self.model = _load(config, source, head, tokenizer)
         module = self.model.module
