@@ -271,18 +271,23 @@ class TokenBatch:
         """Deal the groups to `num_ranks` ranks with about equal tokens; see `assignment`."""
         return [self.select(indices) for indices in self.assignment(num_ranks)]
 
-    def assignment(self, num_ranks: int) -> list[Tensor]:
+    def assignment(self, num_ranks: int, *, whole_groups: bool = False) -> list[Tensor]:
         """Choose the sequences of each rank: the largest group first, each to the rank with the fewest tokens so far.
 
         A group stays on one rank, where its common prefix is computed once; with fewer groups than ranks the sequences
         are dealt one by one, and with fewer sequences than ranks some ranks get none.
+
+        Args:
+            num_ranks: to deal to.
+            whole_groups: never divide a group, whose sequences may have a loss together; rather leave ranks without.
 
         Returns:
             One int64 tensor of increasing sequence indices for each rank; together they are all sequences, each once.
         """
         _check_positive("num_ranks", num_ranks)
         lengths = self.lengths.cpu()
-        units = sorted(self._units(num_ranks), key=lambda unit: -int(lengths[unit].sum()))
+        units = self._groups() if whole_groups else self._units(num_ranks)
+        units = sorted(units, key=lambda unit: -int(lengths[unit].sum()))
         ranks: list[list[Tensor]] = [[] for _ in range(num_ranks)]
         loads = [0] * num_ranks
         for unit in units:

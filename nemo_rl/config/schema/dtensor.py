@@ -1,8 +1,10 @@
 """Section `policy.dtensor_cfg`: over which ranks PyTorch spreads a model."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from nemo_rl.config.schema.base import PositiveInt, Section
+from pydantic import model_validator
+
+from nemo_rl.config.schema.base import PositiveInt, Section, conflict
 
 
 class DTensorConfig(Section):
@@ -34,3 +36,20 @@ class DTensorConfig(Section):
     """Which layers tensor parallelism divides and how: names with `*` for numbers, such as
     `model.layers.*.self_attn.q_proj: colwise`, or the import path of such a mapping or of a function of the model that
     makes one; None takes the plan of the model's own code."""
+
+    @model_validator(mode="after")
+    def _there_are_ranks_to_divide_among(self) -> Self:
+        if self.tensor_parallel_size > 1:
+            return self
+        for name, value in (
+            ("sequence_parallel", self.sequence_parallel),
+            ("custom_parallel_plan", self.custom_parallel_plan),
+        ):
+            if value:
+                raise conflict(
+                    f"{name} says how tensor-parallel ranks divide a layer, and tensor_parallel_size is 1: raise that, "
+                    "or leave it out",
+                    name,
+                    "tensor_parallel_size",
+                )
+        return self
