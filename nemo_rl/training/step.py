@@ -7,6 +7,7 @@ is cut into micro-batches changes nothing but the memory it takes.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -100,7 +101,7 @@ class Scorer:
         # equal answers ask for the same predictions: each goes through the head once
         pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
         predictor, target = pairs.to(self.device)
-        logprobs, entropy = head(hidden, model.head.weight, predictor, target, bias=model.head.bias)
+        logprobs, entropy = head(hidden, _full(model.head.weight), predictor, target, bias=model.head.bias)
         place = place.to(self.device)
         critic = model.value_head if with_entropy else None
         values = None if critic is None else scalar_values(critic, self._rows(hidden, stream))
@@ -163,6 +164,10 @@ def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, ma
 
 def _loss(scorer: Scorer, micro_batch: TokenBatch, objective: Objective) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch, a part of that of the batch, and its metrics."""
+    return scorer.model.runner.run(lambda: _score_loss(scorer, micro_batch, objective))
+
+
+def _score_loss(scorer: Scorer, micro_batch: TokenBatch, objective: Objective) -> tuple[Tensor, Metrics]:
     outputs, stream = scorer.score(micro_batch, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
     token_loss, metrics = objective(outputs, tokens)
@@ -203,5 +208,9 @@ def read_tokens(
     numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
     for micro_batch in scorer.cut(numbered, max_tokens):
         with torch.no_grad():  # not around the yield, where it would hold for the caller too
-            outputs, stream = scorer.score(micro_batch, reads, with_entropy=False)
+            outputs, stream = scorer.model.runner.run(partial(scorer.score, micro_batch, reads, with_entropy=False))
         yield outputs, micro_batch.token_columns["position"][stream.token_index]
+
+
+def _full(w):
+    return w.full_tensor() if hasattr(w, "full_tensor") else w
