@@ -69,7 +69,9 @@ class Watched(PyTorchBackend):
     """Keeps the whole gradient of every parameter before it is clipped."""
 
     def _update(self) -> Metrics:
-        self.grads = {name: whole(master.grad).clone() for name, master in self._masters.named.items() if master.grad is not None}
+        self.grads = {
+            name: whole(master.grad).clone() for name, master in self._masters.named.items() if master.grad is not None
+        }
         return super()._update()
 
 

@@ -211,7 +211,7 @@ class PyTorchBackend:
 
     def _state(self) -> TrainingState:
         identity = model_identity(self.model.module.config)
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity)
+        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._mesh is not None)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
