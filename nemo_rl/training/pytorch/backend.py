@@ -132,6 +132,7 @@ class PyTorchBackend:
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
+            packing=config.sequence_packing.algorithm,
             autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
