@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 
+from nemo_rl.config.model_shapes import model_shape
 from nemo_rl.config.schema.cluster import ClusterConfig
 from nemo_rl.config.schema.policy import TrainedPolicyConfig
+from nemo_rl.data.assignment import assign
+from nemo_rl.data.cost import ComputeCost
 from nemo_rl.distributed.mesh import ParallelSizes, meeting
 from nemo_rl.errors import ConfigError
 from nemo_rl.interfaces import Executor, Resources
-from nemo_rl.workers.ranked import RankedWorker
+from nemo_rl.workers.ranked import Deal, RankedWorker
 
 
 def parallel_sizes(model: TrainedPolicyConfig, cluster: ClusterConfig, *, section: str = "policy") -> ParallelSizes:
@@ -63,6 +67,17 @@ def check_places(model: TrainedPolicyConfig, cluster: ClusterConfig, *, section:
             )
 
 
+def dealer(model: TrainedPolicyConfig) -> Deal:
+    """What makes the data ranks of a model compute about equally long."""
+    shape = model_shape(model.model_name)
+    return partial(
+        assign,
+        cost=ComputeCost() if shape is None else ComputeCost.of_model(shape),
+        share_prefixes=model.share_prefixes,
+        min_shared=model.min_shared_prefix,
+    )
+
+
 def start_ranks(
     executor: Executor,
     stack: ExitStack,
@@ -70,6 +85,7 @@ def start_ranks(
     arguments: Mapping[str, object],
     *,
     sizes: ParallelSizes,
+    deal: Deal,
     resources: Resources,
 ) -> RankedWorker:
     """Start one worker per rank, which meet while they are built; they end with the stack.
@@ -80,6 +96,7 @@ def start_ranks(
         kind: of worker; takes its `place`.
         arguments: besides, the same for each rank.
         sizes: of their mesh.
+        deal: chooses the sequences of each data rank.
         resources: of each rank.
 
     Raises:
@@ -87,6 +104,6 @@ def start_ranks(
     """
     places = stack.enter_context(meeting(sizes, executor.host_address()))
     ranks = executor.start_group(kind, [{**arguments, "place": place} for place in places], resources)
-    worker = RankedWorker(ranks, sizes, name=kind.__name__)
+    worker = RankedWorker(ranks, sizes, deal=deal, name=kind.__name__)
     stack.callback(worker.stop)  # before the meeting is closed
     return worker

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_rl.algorithms.checkpoints import Checkpoints, TrainingInfo
 from nemo_rl.algorithms.ending import end_of
 from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
-from nemo_rl.algorithms.ranks import check_places, parallel_sizes, start_ranks
+from nemo_rl.algorithms.ranks import check_places, dealer, parallel_sizes, start_ranks
 from nemo_rl.algorithms.run import Run
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import dump_config
@@ -23,7 +23,6 @@ from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.data.lengths import LengthCache
 from nemo_rl.distributed.cache import cache_dir
 from nemo_rl.distributed.executor import make_executor
-from nemo_rl.distributed.mesh import ParallelSizes
 from nemo_rl.errors import ConfigError
 from nemo_rl.interfaces import Resources, WorkerHandle
 from nemo_rl.models.load import load_tokenizer, quiet_libraries, resolve_model
@@ -144,16 +143,23 @@ def start_worker(
     executor = stack.enter_context(
         make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
     )
-    sizes = parallel_sizes(policy, cluster) if isinstance(policy, TrainedPolicyConfig) else ParallelSizes()
-    if sizes.world_size > 1:
+    spread = policy if isinstance(policy, TrainedPolicyConfig) and cluster.num_ranks > 1 else None
+    if spread is not None:
         num_threads = max(1, (policy.num_threads or 1) // cluster.ranks_on_a_node)
-        policy = policy.model_copy(update={"num_threads": num_threads})
+        policy = spread = spread.model_copy(update={"num_threads": num_threads})
     num_cpus = max(share, int(share * (policy.num_threads or 1)))  # Ray counts above 1 in whole ones
     resources = Resources(num_cpus=float(num_cpus), num_gpus=share if cluster.gpus_per_node > 0 else 0.0)
-    if sizes.world_size == 1:
+    if spread is None:
         return executor.start(kind, policy, model.source, resources=resources, **arguments)
-    arguments |= {"config": policy, "source": model.source}
-    return start_ranks(executor, stack, kind, arguments, sizes=sizes, resources=resources)
+    return start_ranks(
+        executor,
+        stack,
+        kind,
+        {"config": spread, "source": model.source, **arguments},
+        sizes=parallel_sizes(spread, cluster),
+        deal=dealer(spread),
+        resources=resources,
+    )
 
 
 def load_model[P: ModelConfig](policy: P) -> Model[P]:

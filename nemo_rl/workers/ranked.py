@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from nemo_rl.data.assignment import assign, join
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.cost import ComputeCost
 from nemo_rl.distributed.calls import joined
 from nemo_rl.distributed.mesh import ParallelSizes
 from nemo_rl.errors import WorkerError
@@ -15,6 +18,15 @@ from nemo_rl.interfaces import Future, WorkerHandle
 from nemo_rl.metrics import merge
 
 type Arguments = tuple[object, ...]
+
+
+class Deal(Protocol):
+    """Chooses the sequences of each data rank, int64 [n] increasing; see `nemo_rl.data.assignment.assign`."""
+
+    def __call__(self, batch: TokenBatch, num_ranks: int, *, whole_groups: bool) -> list[Tensor]: ...
+
+
+_BY_TOKENS: Deal = partial(assign, cost=ComputeCost())
 
 
 class RankedWorker:
@@ -28,33 +40,40 @@ class RankedWorker:
     """
 
     def __init__(
-        self, ranks: Sequence[WorkerHandle], sizes: ParallelSizes, *, name: str = "model", patience_seconds: float = 60
+        self,
+        ranks: Sequence[WorkerHandle],
+        sizes: ParallelSizes,
+        *,
+        deal: Deal = _BY_TOKENS,
+        name: str = "model",
+        patience_seconds: float = 60.0,
     ) -> None:
         """Take the ranks over.
 
         Args:
             ranks: in their order.
             sizes: of their mesh.
+            deal: chooses the sequences of each data rank.
             name: of what they are together, for messages.
             patience_seconds: after a rank has failed, how long the others may take to end the same call.
         """
         self._ranks, self._sizes = tuple(ranks), sizes
-        self._name, self._patience = name, patience_seconds
+        self._deal, self._name, self._patience = deal, name, patience_seconds
         self._answered, self._idle = threading.Event(), threading.Event()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future:
         """Call a method of the ranks, each with its part of the arguments, and return at once."""
         match method, args:
             case "train" | "evaluate", (TokenBatch() as batch, *rest):
-                parts = batch.assignment(self._sizes.data, whole_groups=True)
+                parts = self._deal(batch, self._sizes.data, whole_groups=True)
                 return self._ask(method, self._dealt(batch, parts, rest), kwargs, lambda all: merge(self._spoken(all)))
             case _, (TokenBatch() as batch, *rest):  # scores of tokens
-                parts = batch.assignment(self._sizes.data)
+                parts = self._deal(batch, self._sizes.data, whole_groups=False)
                 return self._ask(
                     method,
                     self._dealt(batch, parts, rest),
                     kwargs,
-                    lambda all: _in_place(batch, parts, self._spoken(all)),
+                    lambda all: _whole(batch, parts, self._spoken(all)),
                 )
             case "generate", (requests,):
                 shares = [(share,) for share in _shares(requests, len(self._ranks))]
@@ -114,13 +133,8 @@ def _first(answers: Sequence[Any]) -> Any:
     return answers[0]
 
 
-def _in_place(batch: TokenBatch, parts: Sequence[Tensor], answers: Sequence[Any]) -> Any:
-    """Put rows [n, ...] of tokens, or tuples of such, where the tokens stand in the whole batch."""
+def _whole(batch: TokenBatch, parts: Sequence[Tensor], answers: Sequence[Any]) -> Any:
+    """Join rows [n, ...] of tokens, or tuples of such."""
     if isinstance(answers[0], tuple):
-        return tuple(_in_place(batch, parts, column) for column in zip(*answers, strict=True))
-    like: Tensor = max(answers, key=Tensor.numel)
-    whole = like.new_zeros(batch.num_tokens, *like.shape[1:])
-    for part, rows in zip(parts, answers, strict=True):
-        if rows.shape[1:] == like.shape[1:]:  # a part without loss may not know how wide its rows would be
-            whole[batch.token_index(part)] = rows
-    return whole
+        return tuple(join(batch, column, parts) for column in zip(*answers, strict=True))
+    return join(batch, answers, parts)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks  # pyright: ignore[reportImplicitRelativeImport]
 
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes, RankPlace, meeting
 from nemo_rl.errors import ConfigError
+from ranks import run_ranks  # pyright: ignore[reportImplicitRelativeImport]
 
 
 def test_shard_takes_the_ranks_that_the_other_axes_leave() -> None:
@@ -18,9 +18,9 @@ def test_shard_takes_the_ranks_that_the_other_axes_leave() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="6 rank.* cannot be divided into .* tensor 4 = 4"):
+    with pytest.raises(ConfigError, match=r"6 rank.* cannot be divided into .* tensor 4 = 4"):
         ParallelSizes.filling(6, tensor=4)
-    with pytest.raises(ConfigError, match="expert_parallel_size 3 does not divide the 2 rank"):
+    with pytest.raises(ConfigError, match=r"expert_parallel_size 3 does not divide the 2 rank"):
         ParallelSizes.filling(4, tensor=2, expert=3)
 
 

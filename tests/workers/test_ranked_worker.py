@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from plain_ranks import PlainRank  # pyright: ignore[reportImplicitRelativeImport]
 
 from nemo_rl.algorithms.ranks import start_ranks
+from nemo_rl.data.assignment import assign
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.cost import ComputeCost
 from nemo_rl.data.types import GenerationRequest, SamplingParams
 from nemo_rl.distributed.local import LocalExecutor
 from nemo_rl.distributed.mesh import ParallelSizes
@@ -28,7 +31,8 @@ SAMPLING = SamplingParams(max_new_tokens=6, temperature=0.9)
 def ranks(sizes: ParallelSizes) -> Generator[RankedWorker]:
     with ExitStack() as stack:
         executor = stack.enter_context(LocalExecutor())
-        yield start_ranks(executor, stack, PlainRank, {"offset": 0.5}, sizes=sizes, resources=Resources())
+        deal = partial(assign, cost=ComputeCost())
+        yield start_ranks(executor, stack, PlainRank, {"offset": 0.5}, sizes=sizes, deal=deal, resources=Resources())
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,14 @@ def shards() -> Generator[RankedWorker]:
 
 
 def batch_of(*groups: list[int]) -> TokenBatch:
-    """Groups of sequences of these lengths; the tokens are numbered, and those of the last sequence have no loss."""
+    """Groups of sequences of these lengths; the tokens are numbered, and the last sequence has no loss."""
     lengths = torch.tensor([length for group in groups for length in group])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     tokens = torch.arange(int(lengths.sum()))
     group_ids = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
-    return TokenBatch(tokens, cu_seqlens, group_ids, {"loss_mask": tokens < cu_seqlens[-2]})
+    loss_mask = tokens < cu_seqlens[-2]
+    loss_mask[cu_seqlens[:-1]] = False  # nothing predicts a first token
+    return TokenBatch(tokens, cu_seqlens, group_ids, {"loss_mask": loss_mask})
 
 
 def test_scores_come_back_in_the_order_of_the_batch(shards: RankedWorker) -> None:
@@ -58,19 +64,19 @@ def test_scores_come_back_in_the_order_of_the_batch(shards: RankedWorker) -> Non
         hidden = shards.call("last_hidden", one_group).result(60)
         assert hidden.dtype == torch.bfloat16 and hidden.shape == (one_group.num_tokens, 3)
         lost = one_group.num_sequences == 2
-        expected = one_group.token_ids * (one_group.token_columns["loss_mask"] if lost else 1)
+        expected = one_group.token_ids * (one_group.sequence_ids() == 0 if lost else 1)
         assert torch.equal(hidden[:, 2], expected.to(torch.bfloat16))
 
 
 def test_training_deals_whole_groups_and_means_stay_means(shards: RankedWorker) -> None:
-    batch = batch_of([3, 2], [4], [1], [5, 5, 2])
+    batch = batch_of([3, 2], [4], [3], [5, 5, 2])
     metrics = Policy(shards).train(batch, "an objective")
     assert sorted(metrics["sequences"].values) == [3, 4]
     assert scalars(metrics) == {
-        "tokens": 22,
-        "grad_norm": 22,  # known to both
+        "tokens": 24,
+        "grad_norm": 24,  # known to both
         "sequences": 3.5,
-        "first_token": 10.5,  # of 12 and 10 tokens
+        "first_token": 11.5
         "largest": 12,
     }
     alone = Policy(shards).train(batch_of([3, 2, 2]), "an objective")  # the other rank takes part without a sequence
