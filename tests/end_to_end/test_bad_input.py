@@ -71,7 +71,7 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_loaded(
             ["cluster.ranks_per_node=3", "policy.dtensor_cfg.tensor_parallel_size=2"],
             "cluster.ranks_per_node do not fit",
         ),
-        (["policy.dtensor_cfg.sequence_parallel=true"], "and tensor_parallel_size is 1: raise that, or leave it out"),
+        (["policy.dtensor_cfg.sequence_parallel=true"], "raise tensor_parallel_size or set it to false"),
         (["~policy.optimizer.kwargs.lr"], "policy.optimizer.kwargs has no lr"),
         (["+policy.optimizer.kwargs.weight_decya=0.1"], "AdamW refuses the arguments"),
         (["policy.optimizer.name=torch.optim.Adamw"], "'torch.optim.Adamw'"),

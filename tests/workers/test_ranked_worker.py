@@ -76,7 +76,7 @@ def test_training_deals_whole_groups_and_means_stay_means(shards: RankedWorker) 
         "tokens": 24,
         "grad_norm": 24,  # known to both
         "sequences": 3.5,
-        "first_token": 11.5
+        "first_token": 11.5,
         "largest": 12,
     }
     alone = Policy(shards).train(batch_of([3, 2, 2]), "an objective")  # the other rank takes part without a sequence

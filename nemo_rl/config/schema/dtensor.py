@@ -38,18 +38,11 @@ class DTensorConfig(Section):
     makes one; None takes the plan of the model's own code."""
 
     @model_validator(mode="after")
-    def _there_are_ranks_to_divide_among(self) -> Self:
-        if self.tensor_parallel_size > 1:
-            return self
-        for name, value in (
-            ("sequence_parallel", self.sequence_parallel),
-            ("custom_parallel_plan", self.custom_parallel_plan),
-        ):
-            if value:
-                raise conflict(
-                    f"{name} says how tensor-parallel ranks divide a layer, and tensor_parallel_size is 1: raise that, "
-                    "or leave it out",
-                    name,
-                    "tensor_parallel_size",
-                )
+    def _rules(self) -> Self:
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise conflict(
+                "sequence_parallel divides tokens among tensor-parallel ranks: raise tensor_parallel_size or set it to"
+                " false",
+                "sequence_parallel",
+            )
         return self
