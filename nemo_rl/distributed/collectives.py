@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.13 gave these two a new name and warns of the old one
-_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # pyright: ignore[reportDeprecated]
+_scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # pyright: ignore[reportDeprecated]
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -68,10 +68,10 @@ class UlyssesContext:
         shares = [x.unflatten(1, (num_ranks, -1)).transpose(0, 1).flatten(2) for x in (q, k, v)]
         received = exchange(torch.cat(shares, -1), self._group).flatten(0, 1).index_select(0, self._rank_order)
         own = received.split([share.shape[-1] for share in shares], -1)
-        heads = [x.unflatten(1, (-1, whole.shape[-1])) for x, whole in zip(own, (q, k, v), strict=True)]
+        q, k, v = (x.unflatten(1, (-1, whole.shape[-1])) for x, whole in zip(own, (q, k, v), strict=True))
         if weighting.sinks is not None:
             weighting = replace(weighting, sinks=weighting.sinks.chunk(num_ranks)[rank])
-        output = self._tree.attend(layer, *heads, weighting).index_select(0, self._places)
+        output = self._tree.attend(layer, q, k, v, weighting).index_select(0, self._places)
         return exchange(output.unflatten(0, (num_ranks, -1)), self._group).transpose(0, 1).flatten(1, 2)
 
 
