@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_rl.objectives.vocabulary import Vocabulary
+from nemo_rl.objectives.vocabulary import UNDIVIDED, Vocabulary
 
 _BUFFERS = 4
 """A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
@@ -51,19 +51,26 @@ class ChunkedHead(torch.autograd.Function):
         with_entropy: bool,
         vocabulary: Vocabulary,
     ) -> tuple[Tensor, Tensor]:
-        num_rows = max(1, chunk_size // _BUFFERS)
-        own = torch.zeros(4, len(target), dtype=accumulator(dtype), device=hidden.device)
-        own[0] = torch.finfo(own.dtype).min  # of a rank without tokens
+        logprobs = torch.zeros(len(target), dtype=accumulator(dtype), device=hidden.device)
+        log_sum = torch.full_like(logprobs, torch.finfo(logprobs.dtype).min)  # of a rank without tokens
+        entropy = torch.full_like(logprobs, 0.0 if with_entropy else torch.nan)
         matrix, column = weight.to(dtype), target - vocabulary.start
+        num_rows = max(1, chunk_size // _BUFFERS)
         for start in range(0, len(target) if len(weight) else 0, num_rows):
             rows = slice(start, start + num_rows)
             logits = _logits(hidden[rows].to(dtype), matrix, bias, temperature)
-            own[:, rows] = _summary(logits, column[rows], with_entropy)
-        highest = vocabulary.max(own[0])
-        total, chosen, moment = vocabulary.sum(_raised(own, highest, _inside(column, len(weight))))
-        log_total = total.log()
-        logprobs, log_sum = chosen - log_total, log_total + highest
-        entropy = log_total - moment / total if with_entropy else torch.full_like(logprobs, torch.nan)
+            highest = logits.amax(-1, keepdim=True)
+            chosen = logits.sub_(highest).gather(-1, _within(column[rows], logits)).squeeze(-1)
+            exponentials = logits.exp() if with_entropy else logits.exp_()
+            total = exponentials.sum(-1)
+            log_total = total.log()
+            logprobs[rows] = chosen - log_total
+            log_sum[rows] = log_total + highest.squeeze(-1)
+            if with_entropy:
+                entropy[rows] = log_total - logits.mul_(exponentials).sum(-1) / total
+        if vocabulary != UNDIVIDED:
+            is_own = (column >= 0) & (column < len(weight))
+            logprobs, log_sum, entropy = _combined(logprobs, log_sum, entropy, is_own, vocabulary)
         ctx.save_for_backward(hidden, weight, bias, target, log_sum)
         ctx.temperature, ctx.chunk_size, ctx.dtype, ctx.vocabulary = temperature, chunk_size, dtype, vocabulary
         ctx.mark_non_differentiable(entropy)
@@ -100,39 +107,32 @@ class ChunkedHead(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
-def _summary(logits: Tensor, column: Tensor, with_entropy: bool) -> Tensor:
-    """Of x = logits [m, v] (overwritten), less their highest: that highest, sum exp(x), x[column] and sum x exp(x).
+def _combined(
+    logprobs: Tensor, log_sum: Tensor, entropy: Tensor, is_own: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn what each rank says of the softmax over its own tokens into what holds for all, [M] each.
 
-    Returns:
-        [4, m]; the chosen one is 0 where `column` is another rank's, and without entropy the last row is.
+    With rank r's share s_r = exp(log_sum_r - log_sum) of the probability, a target's logprob is logprob_r + log s_r of
+    the rank that owns it (bool [M] `is_own`), and the entropy is sum_r s_r (entropy_r - log s_r).
     """
-    highest = logits.amax(-1, keepdim=True)
-    x, inside = logits.sub_(highest), _inside(column, logits.shape[1])
-    chosen = x.gather(-1, column.clamp(0, x.shape[1] - 1)[:, None])[:, 0].where(inside, 0.0)
-    exponentials = x.exp() if with_entropy else x.exp_()
-    total = exponentials.sum(-1)
-    moment = x.mul_(exponentials).sum(-1) if with_entropy else torch.zeros_like(total)
-    return torch.stack([highest[:, 0], total, chosen, moment])
-
-
-def _raised(own: Tensor, highest: Tensor, inside: Tensor) -> Tensor:
-    """Subtract the highest logit of all ranks [M] in place of the own one: the three sums [3, M] to be added up."""
-    lift = own[0] - highest
-    total, chosen, moment = own[1:]
-    factor = lift.exp()
-    return torch.stack([total * factor, (chosen + lift).where(inside, 0.0), (moment + lift * total) * factor])
-
-
-def _inside(column: Tensor, num_columns: int) -> Tensor:
-    """Which of the columns [m] are this rank's."""
-    return (column >= 0) & (column < num_columns)
+    highest = vocabulary.max(log_sum)
+    lift = log_sum - highest
+    weight, chosen = lift.exp(), (logprobs + lift).where(is_own, 0.0)
+    total, chosen, moment = vocabulary.sum(torch.stack([weight, chosen, weight * (entropy - lift)]))
+    log_total = total.log()
+    return chosen - log_total, highest + log_total, moment / total + log_total
 
 
 def _grad_logits(logits: Tensor, column: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
     """Turn a block of logits [M, v] in place into scale * (onehot - softmax); targets outside [0, v) are elsewhere."""
     grad = logits.sub_(log_sum[:, None]).exp_().mul_(-scale)
-    inside = _inside(column, logits.shape[1])[:, None]
-    return grad.scatter_add_(1, column.clamp(0, logits.shape[1] - 1)[:, None], scale.where(inside, 0.0))
+    inside = ((column >= 0) & (column < logits.shape[1]))[:, None]
+    return grad.scatter_add_(1, _within(column, logits), torch.where(inside, scale, 0.0))
+
+
+def _within(column: Tensor, logits: Tensor) -> Tensor:
+    """Columns [m] as an index [m, 1] of logits [m, v]; any for what is elsewhere."""
+    return column.clamp(0, logits.shape[1] - 1)[:, None]
 
 
 def _logits(rows: Tensor, matrix: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
