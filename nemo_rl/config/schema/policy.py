@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section, conflict
+from nemo_rl.config.schema.dtensor import DTensorConfig
 from nemo_rl.config.schema.generation import GenerationSpec
 
 
@@ -65,6 +66,18 @@ type SchedulerLink = Annotated[
 ]
 
 
+type PackingAlgorithm = Literal["first_fit_decreasing", "modified_first_fit_decreasing", "concatenative"]
+
+
+class SequencePackingConfig(Section):
+    """How sequences are put together in micro-batches."""
+
+    algorithm: PackingAlgorithm = "first_fit_decreasing"
+    """`first_fit_decreasing` puts the largest group first, each into the first micro-batch with room for it;
+    `modified_first_fit_decreasing` also finds company for groups of more than half a micro-batch first; `concatenative`
+    keeps the order of the batch. None changes a result."""
+
+
 class ModelConfig(Section):
     """A model, and how it scores tokens."""
 
@@ -86,6 +99,9 @@ class ModelConfig(Section):
 
     min_shared_prefix: PositiveInt = 8
     """Shortest common prefix in tokens that is worth sharing."""
+
+    sequence_packing: SequencePackingConfig = SequencePackingConfig()
+    """How sequences are put together in micro-batches."""
 
     logprob_chunk_size: PositiveInt = 256
     """Tokens whose logits are held at a time in the language-model head."""
@@ -118,6 +134,9 @@ class TrainedPolicyConfig(ModelConfig):
 
     scheduler: Annotated[tuple[SchedulerLink, ...], Field(strict=False)] = ()
     """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
+
+    dtensor_cfg: DTensorConfig = DTensorConfig()
+    """How the model is spread over several ranks."""
 
     @model_validator(mode="after")
     def _chain_is_whole(self) -> Self:
