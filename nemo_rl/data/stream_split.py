@@ -7,12 +7,13 @@ segment is a segment itself, whose ancestors include the segment's tokens before
 again a segment tree.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_rl.data.packing import SegmentTree, Stream
+from nemo_rl.data.padding import pad_stream
 
 _BALANCED = 1.03
 """The busiest rank's pairs over the mean, at which no finer pieces are tried: each has to gather its keys anew."""
@@ -43,7 +44,7 @@ class StreamSplit:
     """A stream over c ranks.
 
     Attributes:
-        stream: all of it, S tokens, a multiple of c: at its end may stand a segment of filling of its own.
+        stream: all of it, S tokens, a multiple of c.
         places: int64 [c, S/c], ascending in each row: the stream positions of each rank's tokens.
     """
 
@@ -77,9 +78,15 @@ class StreamSplit:
         return StreamPart(self.stream.input_ids[places], self.stream.position_ids[places], tree, num_pairs)
 
 
-def split_stream(stream: Stream, num_parts: int) -> StreamSplit:
-    """Deal the tokens of a stream out to `num_parts` ranks; the same on every rank that asks."""
-    whole = _filled(stream, num_parts)
+def split_stream(stream: Stream, num_parts: int, *, multiple: int = 1) -> StreamSplit:
+    """Deal the tokens of a stream out to `num_parts` ranks; the same on every rank that asks.
+
+    Args:
+        stream: padded at its end where it cannot be divided.
+        num_parts: c.
+        multiple: of which S/c must be one, for ranks that divide their tokens further.
+    """
+    whole = pad_stream(stream, num_parts * multiple)
     pairs = _pairs(whole.tree)
 
     def excess(places: Tensor) -> float:
@@ -119,22 +126,3 @@ def _pairs(tree: SegmentTree) -> Tensor:
     num_q = tree.cu_seqlens_q.diff()
     offset = torch.arange(int(tree.cu_seqlens_q[-1])) - tree.cu_seqlens_q[:-1].repeat_interleave(num_q)
     return offset + 1 + (tree.cu_seqlens_k.diff() - num_q).repeat_interleave(num_q)
-
-
-def _filled(stream: Stream, multiple: int) -> Stream:
-    """Lengthen a stream to a multiple by a segment of its own, of token 0, from which nothing is asked."""
-    length = len(stream.input_ids)
-    missing = -length % multiple
-    if not missing:
-        return stream
-    filling, tree = torch.arange(missing), stream.tree
-    return replace(
-        stream,
-        input_ids=torch.cat([stream.input_ids, torch.zeros_like(filling)]),
-        position_ids=torch.cat([stream.position_ids, filling]),
-        tree=SegmentTree(
-            torch.cat([tree.cu_seqlens_q, tree.cu_seqlens_q[-1:] + missing]),
-            torch.cat([tree.cu_seqlens_k, tree.cu_seqlens_k[-1:] + missing]),
-            torch.cat([tree.kv_index, length + filling]),
-        ),
-    )

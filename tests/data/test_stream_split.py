@@ -40,6 +40,11 @@ def test_tokens_are_equally_many_and_pairs_nearly(name: str, num_parts: int) -> 
     assert max(pairs) <= 1.05 * sum(pairs) / num_parts
 
 
+def test_a_part_can_be_divided_further() -> None:
+    split = split_stream(STREAMS["short answers to a long prompt"], 3, multiple=4)
+    assert split.places.shape == (3, 1360)  # of 4076 tokens
+
+
 def test_two_ranks_share_a_causal_sequence_in_a_zigzag() -> None:
     split = split_stream(stream_of(1, [8000]), 2)
     outer, inner = (split.places[split.places[:, 0].argsort()]).unbind()
