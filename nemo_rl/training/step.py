@@ -149,6 +149,13 @@ class Scorer:
 
         return logits
 
+    def topk_logprobs(self, rows: Tensor, k: int, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens after hidden states [m, H] of a language model: log-probabilities [m, k] and ids."""
+        assert isinstance(self.model, CausalLM)  # no other has distributions
+        with self._arithmetic():
+            head = self.model.logit_head()
+            return head.topk(rows, k, temperature=self.temperature, vocab_size=vocab_size)
+
     def _arithmetic(self) -> torch.autocast:
         return arithmetic(self.model, self.autocast)
 
