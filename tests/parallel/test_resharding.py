@@ -14,6 +14,7 @@ from nemo_rl.training.pytorch.backend import PyTorchBackend
 from nemo_rl.training.pytorch.shards import whole
 from ranks import run_ranks
 from tiny_batches import rollout_batch
+from tiny_mesh import own_part, size_keys
 from tiny_models import embedded_folder, tiny_model
 
 MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
@@ -56,13 +57,13 @@ def run(
 ) -> dict[str, torch.Tensor]:
     sizes, settings = MESHES[name]
     mesh = Mesh(sizes, torch.device("cpu")) if sizes.world_size > 1 else None
-    backend = make(folder, mesh, settings)
+    backend = make(folder, mesh, {**size_keys(sizes), **settings})
     if load is not None:
         backend.load(load)
     if save is not None:
         batch = rollout_batch(tiny_model("llama"))
         if mesh is not None:
-            batch = batch.select(batch.assignment(sizes.data)[sizes.data_rank(rank)])
+            batch = own_part(batch, mesh)
         for _ in range(2):
             backend.train(batch, SupervisedObjective())
         backend.save(save)

@@ -6,6 +6,8 @@ from pydantic import model_validator
 
 from nemo_rl.config.schema.base import PositiveInt, Section, conflict
 
+type ContextKind = Literal["allgather", "ulysses"]
+
 
 class DTensorConfig(Section):
     """How a model is spread over the ranks of `cluster`; those that no size takes share data and weights (FSDP2)."""
@@ -19,12 +21,20 @@ class DTensorConfig(Section):
     context_parallel_size: PositiveInt = 1
     """Ranks that divide the tokens of every sequence among them."""
 
-    context_parallel_kind: Literal["allgather", "ulysses"] = "allgather"
+    context_parallel_kind: ContextKind = "allgather"
     """How a context-parallel rank comes to the keys of the others: `allgather` collects them, `ulysses` exchanges
     heads for tokens, which takes less memory and needs as many key heads as ranks."""
 
     pipeline_parallel_size: PositiveInt = 1
     """Ranks that hold different layers."""
+
+    pipeline_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"
+    ] = "1F1B"
+    """In which order micro-batches run through the stages, by PyTorch's name."""
+
+    pipeline_stages_per_rank: PositiveInt = 1
+    """Stages of a rank: 1 for `GPipe` and `1F1B`, 2 for `ZBVZeroBubble`, 2 or more for the others."""
 
     expert_parallel_size: PositiveInt = 1
     """Ranks that divide the experts of a layer among them, out of those that share its weights."""
@@ -44,5 +54,12 @@ class DTensorConfig(Section):
                 "sequence_parallel divides tokens among tensor-parallel ranks: raise tensor_parallel_size or set it to"
                 " false",
                 "sequence_parallel",
+            )
+        single, per_rank = self.pipeline_schedule in ("GPipe", "1F1B"), self.pipeline_stages_per_rank
+        if self.pipeline_parallel_size > 1 and (single != (per_rank == 1)):
+            raise conflict(
+                f"{self.pipeline_schedule} runs {'one stage' if single else 'two or more stages'} a rank, not"
+                f" {per_rank}: change pipeline_stages_per_rank or pipeline_schedule",
+                "pipeline_stages_per_rank",
             )
         return self
