@@ -198,7 +198,7 @@ class PyTorchBackend:
             self._spread.exchange(parameters, self._reference)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks at once."""
+        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; all ranks take part."""
         named = self.model.module.named_parameters()
         own = ((name, parameter) for name, parameter in named if not name.startswith(VALUE_HEAD))
         for name, weight in self._spread.stream(own):
