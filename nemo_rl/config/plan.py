@@ -149,12 +149,13 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
 
 def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     """Bytes by part of one copy that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
-    policy, parameters = config.policy, shape.parameters
+    policy = config.policy
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
     stored, computed = _number_sizes(policy, config)
+    reference = _FLOAT32 * _adapter_parameters(policy, shape) or stored * shape.parameters
     parts = {
         **_weight_bytes(policy, shape, config),
-        "reference weights": stored * parameters if _has_reference(config) else 0,
+        "reference weights": reference if _has_reference(config) else 0,
         "activations": computed * largest * shape.activation_elements_per_token,
         "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
     }
@@ -176,15 +177,31 @@ def _number_sizes(model: ModelConfig, config: RunConfig) -> tuple[int, int]:
 
 def _weight_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> dict[str, int]:
     """Bytes of the weights of a model, and of what training keeps beside them."""
-    stored, parameters = _number_sizes(model, config)[0], shape.parameters
-    parts = {"weights": stored * parameters}
-    if isinstance(model, TrainedPolicyConfig):
-        parts |= {
-            "master weights": _FLOAT32 * parameters if stored < _FLOAT32 else 0,
-            "gradients": _FLOAT32 * parameters,
-            "optimizer moments": _FLOAT32 * _moments(model.optimizer) * parameters,
-        }
-    return parts
+    stored = _number_sizes(model, config)[0]
+    if not isinstance(model, TrainedPolicyConfig):
+        return {"weights": stored * shape.parameters}
+    adapters = _adapter_parameters(model, shape)
+    trained = adapters or shape.parameters
+    compressed = shape.linear_parameters * _BITS[model.dtensor_cfg.lora_cfg.quantize] // 8
+    plain = shape.parameters - (shape.linear_parameters if compressed else 0)
+    return {
+        "weights": stored * plain + compressed,
+        "adapters": _FLOAT32 * adapters,
+        "master weights": _FLOAT32 * trained if stored < _FLOAT32 and not adapters else 0,
+        "gradients": _FLOAT32 * trained,
+        "optimizer moments": _FLOAT32 * _moments(model.optimizer) * trained,
+    }
+
+
+_BITS = {"none": 0, "nf4": 4, "int8": 8}
+"""Of a number in a quantized linear layer; its scales are a few hundredths of that."""
+
+
+def _adapter_parameters(model: TrainedPolicyConfig, shape: ModelShape) -> int:
+    """Numbers in the adapters, which are float32 and trained alone; 0 where all weights are trained."""
+    lora = model.dtensor_cfg.lora_cfg
+    adapted = (sizes for name, sizes in shape.linears.items() if lora.enabled and lora.adapts(name))
+    return sum(lora.dim * (inputs + outputs) for inputs, outputs in adapted)
 
 
 def _other_models(config: RunConfig) -> dict[str, ModelConfig]:

@@ -1,7 +1,7 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,8 +17,10 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
-from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
+from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
+from nemo_rl.models.lora import Adapters, add_adapters, whole_weights
+from nemo_rl.models.peft_format import adapter_weights, load_adapter, save_adapter
 from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
@@ -60,18 +62,23 @@ type Head = Literal["language", "language_and_value", "scalar"]
 
 def _load(
     config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase
-) -> CausalLM | ScalarModel:
-    """Load a model without dropout, which has no place in a ratio of probabilities."""
-    device = choose_device(config.device)
+) -> tuple[CausalLM | ScalarModel, Adapters | None]:
+    """Load a model without dropout, which has no place in a ratio of probabilities, and its adapters if it has some."""
+    device, lora = choose_device(config.device), config.dtensor_cfg.lora_cfg
     dtype = precision_of(config.precision, device).weights
+    place = device if lora.quantize == "none" else torch.device("cpu")  # until it is small enough
     if head == "scalar":
-        module, _ = load_scalar_model(
-            source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
-        )
-        return ScalarModel.wrap(module.eval())
-    module, _ = load_causal_lm(source, dtype=dtype, device=device)
+        padding = cast("int | None", tokenizer.pad_token_id)
+        module, _ = load_scalar_model(source, dtype=dtype, device=place, pad_token_id=padding)
+    else:
+        module, _ = load_causal_lm(source, dtype=dtype, device=place)
+    adapters = add_adapters(module, lora, device) if lora.enabled else None
+    if adapters and lora.restore_from is not None:
+        load_adapter(module, adapters, Path(lora.restore_from).expanduser())
+    if head == "scalar":
+        return ScalarModel.wrap(module.eval()), adapters
     model = CausalLM.wrap(module.eval())
-    return model.with_value_head() if head == "language_and_value" else model
+    return model.with_value_head() if head == "language_and_value" else model, adapters
 
 
 class PyTorchBackend:
@@ -93,17 +100,18 @@ class PyTorchBackend:
             source: model folder or hub name (`nemo_rl.models.load.resolve_model`).
             tokenizer: saved with every checkpoint and export.
             head: what stands on the trunk.
-            with_reference: keep a frozen copy of the starting weights.
+            with_reference: keep a frozen copy of the starting weights, of those that are trained.
         """
-        self.model = _load(config, source, head, tokenizer)
+        self.model, self._adapters = _load(config, source, head, tokenizer)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
+        self._source = source
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
-        self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
+        self._reference = [p.detach().clone() for p in self._trained()] if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
             self.model,
@@ -117,10 +125,11 @@ class PyTorchBackend:
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step on the whole batch."""
+        max_tokens = self._config.train_mb_tokens
+        dropout = self._adapters.dropout(seed=self._optimizer_steps) if self._adapters else nullcontext()
         try:
-            return train_step(
-                self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update
-            )
+            with dropout:
+                return train_step(self._scorer, batch, objective, max_tokens=max_tokens, update=self._update)
         finally:
             self._optimizer.zero_grad()  # also those of a step that failed halfway
 
@@ -173,21 +182,27 @@ class PyTorchBackend:
             self._swap(self._reference)
 
     def _swap(self, other: list[Tensor]) -> None:
-        for i, parameter in enumerate(self.model.module.parameters()):
+        for i, parameter in enumerate(self._trained()):
             parameter.data, other[i] = other[i], parameter.data
+
+    def _trained(self) -> list[nn.Parameter]:
+        """All weights, or the adapters and new heads alone."""
+        return [parameter for parameter in self.model.module.parameters() if parameter.requires_grad]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights that the model computes with, by Hugging Face name, tied ones once."""
-        for name, parameter in self.model.module.named_parameters():
-            if not name.startswith(VALUE_HEAD):
-                yield name, parameter.detach()
+        return whole_weights(self.model.module)
+
+    def named_adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the adapters by PEFT's names; nothing without adapters."""
+        return adapter_weights(self.model.module) if self._adapters else iter(())
 
     def _state(self) -> TrainingState:
-        identity = model_identity(self.model.module.config)
+        identity = {**model_identity(self.model.module.config), **(self._adapters.identity if self._adapters else {})}
         return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity)
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
+        """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
         save_state(folder, self._state(), self._tokenizer)
 
     def load(self, folder: Path) -> None:
@@ -197,15 +212,23 @@ class PyTorchBackend:
         self._optimizer_steps = self._scheduler.last_epoch
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
+        """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it.
+
+        Adapters are added to the weights, and stand in `adapter/` by themselves in PEFT's format.
+        """
+        module, masters = self.model.module, self._masters.named
         dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
-        export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named)
+        weights = ((name, masters.get(name, weight)) for name, weight in self.named_weights())
+        export_hf(module, self._tokenizer, folder, dtype, weights)
+        if self._adapters:
+            save_adapter(module, self._adapters, folder / "adapter", self._source)
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, device, precision, and how many optimizer steps were begun."""
         return {
             "model": type(self.model.module).__name__,
             "parameters": self.model.num_parameters,
+            "trained_parameters": sum(parameter.numel() for parameter in self._trained()),
             "device": str(self._scorer.device),
             "precision": self.precision.name,
             "optimizer_steps": self._optimizer_steps,

@@ -11,23 +11,23 @@ A saved folder has the layout of NeMo RL, both parts in the format of torch.dist
 import copy
 import warnings
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, NonNegativeInt, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl.errors import CheckpointError
-from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.models.load import Identity
 from nemo_rl.training.pytorch.optim import advance
 
@@ -125,26 +125,25 @@ def export_hf(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: torch.dtype,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Write a model folder that plain Transformers loads: safetensors, configuration, tokenizer.
 
     Args:
-        model: gives the architecture, and every tensor that `weights` has none of.
+        model: gives the architecture, and what it keeps besides parameters.
         tokenizer: saved beside it.
         folder: made if it is not there.
         dtype: of the floating-point tensors in the files.
-        weights: better ones by name, such as float32 masters.
+        weights: all parameters by name, tied ones once.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    unique = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
-    tensors = {**dict(unique.values()), **(weights or {})}  # one name for tied weights, the first
+    kept = model.state_dict(keep_vars=True).items()
+    others = ((name, tensor) for name, tensor in kept if not isinstance(tensor, nn.Parameter))
     exported = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in tensors.items()
-        if not name.startswith(VALUE_HEAD)
+        for name, tensor in chain(others, weights)
     }
     with _failing_as(f"cannot write the model folder {folder}"):
         model.save_pretrained(folder, state_dict=exported)
