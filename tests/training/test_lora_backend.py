@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -90,14 +91,14 @@ def train(trained: PyTorchBackend, steps: int) -> list[float]:
 
 def test_a_step_is_pefts_step(make: Make, tmp_path: Path) -> None:
     """Plain sequences through PEFT's model with plain SGD, from the same adapter."""
-    sgd = {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}}
+    sgd = {"name": "torch.optim.SGD", "kwargs": {"lr": 0.05}}
     trained = make(optimizer=sgd, max_grad_norm=None)
-    train(trained, 2)  # B starts at zero, where A has no gradient
+    train(trained, 1)  # B starts at zero, where A has no gradient
     trained.export(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(PLAIN), tmp_path / "adapter", is_trainable=True).eval()
-    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
     loss = plain_policy_loss(plain_logprobs(theirs, BATCH), BATCH)
     loss.backward()
     optimizer.step()
@@ -106,7 +107,7 @@ def test_a_step_is_pefts_step(make: Make, tmp_path: Path) -> None:
     expected = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
     for name, weight in trained.named_adapter_weights():
         change, right = weight - before[name], expected[name] - before[name]
-        assert right.norm() > 1e-4 and (change - right).norm() < 1e-3 * right.norm(), name
+        assert right.norm() > 1e-5 and (change - right).norm() < 1e-3 * right.norm(), name
 
 
 @pytest.mark.parametrize("lora", [{}, {"quantize": "nf4"}, {"quantize": "int8"}])
@@ -151,9 +152,8 @@ def test_a_run_resumes_bit_for_bit_from_adapters_alone(make: Make, lora: dict[st
     resumed.load(tmp_path / "policy")
     assert train(resumed, 2) == train(through, 2)
     assert all(torch.equal(a, b) for a, b in zip(resumed._trained(), through._trained(), strict=True))
-    held = sum(p.numel() for p in through._trained()) * 4
-    weights = sum(file.stat().st_size for file in (tmp_path / "policy" / "weights").iterdir())
-    assert held < weights < 4 * held  # and a header for each of these tiny tensors
+    saved = dcp.FileSystemReader(tmp_path / "policy" / "weights").read_metadata().state_dict_metadata
+    assert {f"base_model.model.{name}" for name in saved} == dict(through.named_adapter_weights()).keys()
 
 
 def test_dropout_is_resumed_bit_for_bit_and_scoring_has_none(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -229,7 +229,9 @@ def test_a_sampler_of_its_own_takes_the_streamed_weights(make: Make, folder: Pat
     module, _ = load_causal_lm(str(folder), dtype=torch.float32)
     sampler = HFGenerator(CausalLM.wrap(module.eval()))
     sampler.load_weights(trained.named_weights(), 1)
-    assert (plain_logprobs(module, BATCH).detach() - trained.logprobs(BATCH))[MASK].abs().max() < 1e-4
+    plain = copy.deepcopy(PLAIN)
+    plain.load_state_dict(module.state_dict())
+    assert (plain_logprobs(plain, BATCH).detach() - trained.logprobs(BATCH))[MASK].abs().max() < 1e-4
 
 
 def test_a_critic_on_the_trunk_is_trained_and_saved_beside_the_adapters(make: Make, tmp_path: Path) -> None:
