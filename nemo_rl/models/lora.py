@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -112,21 +113,22 @@ def add_adapters(module: PreTrainedModel, config: LoRAConfig, device: torch.devi
         ModelError: a weight cannot be compressed as asked.
     """
     trunk, prefix = module.base_model, f"{module.base_model_prefix}."
-    linears = {prefix + name: layer for name, layer in trunk.named_modules() if isinstance(layer, nn.Linear)}
-    _check_names(module, config, list(linears))
+    linears = [prefix + name for name, layer in trunk.named_modules() if isinstance(layer, nn.Linear)]
+    _check_names(module, config, linears)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith("score."))
     identity = {"base weights": _fingerprint(module), "LoRA alpha": config.alpha, "quantized": config.quantize}
     generator = torch.Generator().manual_seed(_SEED)
     layers: dict[str, LoRALinear] = {}
-    for name, layer in linears.items():
+    for name in linears:
+        layer = cast(nn.Linear, module.get_submodule(name))
         if config.quantize != "none":
             layer = FrozenLinear(layer.to(device))
             layer.compress(config.quantize)
         if config.adapts(name):
             layer = layers[name] = LoRALinear(layer, config, generator)
         module.set_submodule(name, layer)
-    module.to(device)
+    nn.Module.to(module, device)
     return Adapters(config, layers, identity)
 
 
@@ -138,18 +140,23 @@ def whole_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     frozen = {name: layer for name, layer in module.named_modules() if isinstance(layer, FrozenLinear)}
     for name, parameter in module.named_parameters():
         owner, _, kind = name.rpartition(".")
-        if kind == "weight" and owner in frozen:
+        if owner in frozen and kind == "weight":
             yield name, frozen[owner].whole()
-        elif not (name.startswith(VALUE_HEAD) or kind == "scales" or owner.endswith((".lora_A", ".lora_B"))):
+        elif not (
+            (owner in frozen and kind == "scales")
+            or owner.endswith((".lora_A", ".lora_B"))
+            or name.startswith(VALUE_HEAD)
+        ):
             yield name, parameter.detach()
 
 
 def _check_names(module: PreTrainedModel, config: LoRAConfig, linears: list[str]) -> None:
-    others = [name for name, _ in module.named_modules() if name not in linears]
+    everything = [name for name, _ in module.named_modules()]
     for pattern in (*config.target_modules, *config.exclude_modules):
-        if any(is_named(name, pattern) for name in linears):
+        is_target, is_there = pattern in config.target_modules, any(is_named(name, pattern) for name in everything)
+        if any(is_named(name, pattern) for name in linears) or (is_there and not is_target):
             continue
-        if any(is_named(name, pattern) for name in others if name):
+        if is_there:
             raise ConfigError(
                 f"lora_cfg: {pattern} is no linear layer of the model's trunk, and only those get adapters (embeddings "
                 "and the head, which many models tie, keep their weights): leave it out"

@@ -118,5 +118,5 @@ class _Product(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: torch.autograd.function.BackwardCFunction, gradient: Tensor
     ) -> tuple[Tensor, None, None]:
-        codes, scales = ctx.saved_tensors
+        codes, scales = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
         return gradient @ decompress(codes, scales, gradient.dtype), None, None

@@ -13,8 +13,9 @@ from nemo_rl.algorithms.launchers import launch
 from nemo_rl.config.load import load_config
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.registry import RUNS
-from tiny_letters import make_letters_model  # pyright: ignore[reportImplicitRelativeImport]
-from tiny_run import assert_same_run, overrides, records, reward_file  # pyright: ignore[reportImplicitRelativeImport]
+from tiny_letters import late_reward, make_letters_model  # pyright: ignore[reportImplicitRelativeImport]
+from tiny_ppo import ppo_run  # pyright: ignore[reportImplicitRelativeImport]
+from tiny_run import assert_same_run, overrides, records, reward_file, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
 
 LORA = "policy.dtensor_cfg.lora_cfg={enabled: true, dim: 8, alpha: 16}"
 RATE = "policy.optimizer.kwargs.lr=0.05"
@@ -140,9 +141,36 @@ def test_grpo_learns_and_starts_at_its_reference(letters: Path, tmp_path: Path) 
     assert_base_plus_adapter(tmp_path / "run" / "hf", letters)
 
 
+def test_grpo_learns_with_weights_in_4_bits(letters: Path, tmp_path: Path) -> None:
+    grpo(letters, tmp_path / "run", 20, f"{LORA[:-1]}, quantize: nf4}}")
+    lines = records(tmp_path / "run")
+    assert (lines[0]["train/reward/mean"] or 0.0) < 0.25 and (lines[-1]["train/reward/mean"] or 0.0) > 0.5
+    assert all((line["train/token_mult_prob_error"] or 0) < 1.0001 for line in lines)
+
+
 def test_grpo_resumes_to_the_same_bits(letters: Path, tmp_path: Path) -> None:
     grpo(letters, tmp_path / "whole", 3)
     for steps in (1, 3):
         grpo(letters, tmp_path / "halves", steps)
     # all records of both, and 14 adapter matrices with two moments each
     assert_same_run(tmp_path / "whole", tmp_path / "halves", 3)
+
+
+def test_a_reward_model_learns_with_a_whole_head(letters: Path, tmp_path: Path) -> None:
+    before, after = train(letters, tmp_path, "rm")
+    assert before["val/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert after["val/loss"] < 0.5 and after["val/accuracy"] > 0.7
+    assert "base_model.model.score.weight" in load_file(
+        tmp_path / "run" / "hf" / "adapter" / "adapter_model.safetensors"
+    )
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_ppo_learns_with_adapters_on_policy_and_critic(kind: str, letters: Path, tmp_path: Path) -> None:
+    settings = (f"value={{kind: {kind}}}", LORA, "checkpointing.enabled=true", "policy.optimizer.kwargs.lr=0.03")
+    lines = ppo_run(letters, tmp_path, *settings)
+    assert (lines[0]["train/reward/mean"] or 0.0) < 0.05 and late_reward(lines) > 0.2
+    for part in ("policy", "value") if kind == "separate" else ("policy",):
+        saved = saved_tensors(tmp_path / "run", len(lines), part=part)
+        heads = {name for name in saved if name.startswith("weights/") and ".lora_" not in name}
+        assert len(heads) == (part == "value" or kind == "shared")

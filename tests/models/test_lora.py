@@ -73,7 +73,7 @@ def test_only_adapters_are_trained_and_they_are_float32() -> None:
 def test_everything_but_the_head_is_adapted_unless_it_is_excluded() -> None:
     for settings in ({}, {"match_all_linear": True}):
         assert len(with_adapters(**settings)[1].layers) == 2 * 7
-    assert len(with_adapters(exclude_modules=["mlp.*", "k_proj"])[1].layers) == 2 * 3
+    assert len(with_adapters(exclude_modules=["mlp.*", "k_proj", "lm_head"])[1].layers) == 2 * 3
 
 
 @pytest.mark.parametrize(
