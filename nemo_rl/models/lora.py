@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nemo_rl.config.schema.dtensor import LoRAConfig, is_named
+from nemo_rl.config.schema.lora import LoRAConfig, is_named
 from nemo_rl.errors import ConfigError
 from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.models.load import Identity
@@ -116,7 +116,10 @@ def add_adapters(module: PreTrainedModel, config: LoRAConfig, device: torch.devi
     linears = [prefix + name for name, layer in trunk.named_modules() if isinstance(layer, nn.Linear)]
     _check_names(module, config, linears)
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name.startswith("score."))
+        is_new = name.startswith("score.")
+        parameter.requires_grad_(is_new)
+        if is_new:
+            parameter.data = parameter.data.float()  # as all that is trained beside frozen weights
     identity = {"base weights": _fingerprint(module), "LoRA alpha": config.alpha, "quantized": config.quantize}
     generator = torch.Generator().manual_seed(_SEED)
     layers: dict[str, LoRALinear] = {}

@@ -61,17 +61,17 @@ def adapter_config(module: PreTrainedModel, adapters: Adapters, base: str) -> di
     }
 
 
-def save_adapter(module: PreTrainedModel, adapters: Adapters, folder: Path, base: str) -> None:
-    """Write the adapters of a model; see `adapter_config`.
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write an adapter: its whole weights by PEFT's names, and its configuration (`adapter_config`).
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    tensors = {name: weight.to("cpu").contiguous() for name, weight in adapter_weights(module)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: weight.to("cpu").contiguous() for name, weight in weights.items()}
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-        (folder / _CONFIG).write_text(json.dumps(adapter_config(module, adapters, base), indent=2))
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the adapter {folder} ({error})") from error
 

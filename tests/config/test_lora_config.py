@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_rl.config.load import load_config
-from nemo_rl.config.schema.dtensor import LoRAConfig
+from nemo_rl.config.schema.lora import LoRAConfig
 from nemo_rl.config.schema.registry import RUNS
 from nemo_rl.errors import ConfigError
 
@@ -38,6 +38,11 @@ def test_a_pattern_means_a_name_or_its_end(pattern: str, meant: bool) -> None:
         ("sft", [f"{LORA}.restore_from=somewhere"], "lora_cfg.restore_from is for adapters"),
         ("sft", [f"{LORA}={{match_all_linear: true, target_modules: [q_proj]}}"], "say different things"),
         ("sft", [f"{LORA}.target_module=[q_proj]"], "did you mean policy.dtensor_cfg.lora_cfg.target_modules"),
+        (
+            "sft",
+            [f"{LORA}.enabled=true", "policy.dtensor_cfg.tensor_parallel_size=2"],
+            "tensor parallelism divides no adapters",
+        ),
         ("grpo", [f"{LORA}={{enabled: true, dropout: 0.1}}"], "grpo compares probabilities under two sets of weights"),
         ("ppo", [f"{LORA}={{enabled: true, dropout: 0.1}}"], "ppo compares probabilities"),
         ("dpo", [f"{LORA}={{enabled: true, dropout: 0.1}}"], "dpo compares probabilities"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from nemo_rl.config.schema.dtensor import LoRAConfig
+from nemo_rl.config.schema.lora import LoRAConfig
 from nemo_rl.errors import ConfigError, ModelError
 from nemo_rl.models.lora import Adapters, LoRALinear, add_adapters, whole_weights
 from nemo_rl.models.peft_format import adapter_config, adapter_weights, load_adapter, save_adapter
@@ -104,7 +104,7 @@ def test_peft_loads_what_is_saved_and_has_the_same_numbers_and_gradients(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     model, adapters = with_adapters(**settings)
-    save_adapter(model, adapters, tmp_path, "base")
+    save_adapter(tmp_path, dict(adapter_weights(model)), adapter_config(model, adapters, "base"))
     theirs = peft_loaded(tmp_path)
     assert torch.equal(logits(theirs), logits(model))
     for one in (model, theirs):
@@ -176,7 +176,7 @@ def test_the_head_of_a_reward_model_is_trained_and_saved_with_the_adapters(tmp_p
     assert {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name} == {
         "score.weight"
     }
-    save_adapter(model, adapters, tmp_path, "base")
+    save_adapter(tmp_path, dict(adapter_weights(model)), adapter_config(model, adapters, "base"))
     assert "base_model.model.score.weight" in load_file(tmp_path / "adapter_model.safetensors")
     assert torch.equal(logits(peft_loaded(tmp_path, plain)), logits(model))
 
@@ -230,7 +230,7 @@ def test_compressed_weights_train_adapters_as_the_weights_they_restore(form: str
 
 def test_names_sent_to_a_sampler_are_those_of_the_file(tmp_path: Path) -> None:
     model, adapters = with_adapters()
-    save_adapter(model, adapters, tmp_path, "base")
+    save_adapter(tmp_path, dict(adapter_weights(model)), adapter_config(model, adapters, "base"))
     sent, filed = dict(adapter_weights(model)), load_file(tmp_path / "adapter_model.safetensors")
     assert sent.keys() == filed.keys()
     assert all(torch.equal(sent[name], filed[name]) for name in sent)

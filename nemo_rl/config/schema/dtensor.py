@@ -1,80 +1,53 @@
-"""Section `dtensor_cfg`: how the PyTorch backend holds a model, and which part of it is trained."""
+"""Section `policy.dtensor_cfg`: over which ranks PyTorch spreads a model, and which part of it is trained."""
 
-from fnmatch import fnmatchcase
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from nemo_rl.config.schema.base import PositiveInt, Section, conflict
-
-type Names = Annotated[tuple[str, ...], Field(strict=False)]
-
-
-class LoRAConfig(Section):
-    """Train adapters of low rank beside frozen weights (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
-
-    enabled: bool = False
-    """Train adapters instead of the weights: a layer becomes W x + alpha / dim * B A x, and only A and B change."""
-
-    target_modules: Names = ()
-    """Linear layers that get an adapter, by the end of their names (`q_proj`, `self_attn.q_proj`) or by a pattern of
-    the whole name (`*_proj`, `*.layers.0.*`); empty is every linear layer but the head."""
-
-    exclude_modules: Names = ()
-    """Linear layers that get none, named in the same way."""
-
-    match_all_linear: bool = False
-    """Every linear layer but the head gets an adapter; what an empty `target_modules` means too."""
-
-    dim: PositiveInt = 8
-    """Rank of the adapters."""
-
-    alpha: PositiveInt = 32
-    """Scale of the adapters: what they add is multiplied by `alpha / dim`."""
-
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapters' numbers that is left out in training; for runs that compare no probabilities."""
-
-    dropout_position: Literal["pre", "post"] = "post"
-    """Leave out inputs of the adapters (`pre`) or outputs (`post`)."""
-
-    lora_A_init: Literal["xavier", "uniform"] = "xavier"
-    """How A starts: normal by Glorot's rule, or uniform by He's as PEFT has it. B starts at zero."""
-
-    quantize: Literal["none", "nf4", "int8"] = "none"
-    """Keep the frozen linear layers, the head aside, in 4 bits (`nf4`, QLoRA, https://arxiv.org/abs/2305.14314) or in 8
-    (`int8`)."""
-
-    restore_from: str | None = None
-    """Folder of an adapter in PEFT's format that the run starts from; the reference policy is the model with it."""
-
-    def adapts(self, name: str) -> bool:
-        """Whether a linear layer of the trunk gets an adapter."""
-        targets = () if self.match_all_linear else self.target_modules
-        chosen = not targets or any(is_named(name, pattern) for pattern in targets)
-        return chosen and not any(is_named(name, pattern) for pattern in self.exclude_modules)
-
-    @model_validator(mode="after")
-    def _says_one_thing(self) -> Self:
-        if self.match_all_linear and self.target_modules:
-            raise conflict(
-                "lora_cfg.match_all_linear and target_modules say different things: keep one of them",
-                "match_all_linear",
-                "target_modules",
-            )
-        needing = {"quantize": self.quantize != "none", "restore_from": self.restore_from is not None}
-        if not self.enabled and (name := next((name for name, is_set in needing.items() if is_set), None)):
-            raise conflict(f"lora_cfg.{name} is for adapters: set lora_cfg.enabled to true", name, "enabled")
-        return self
-
-
-def is_named(name: str, pattern: str) -> bool:
-    """Whether a pattern means the module of this dotted name: the whole of it, or its last parts."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+from nemo_rl.config.schema.lora import LoRAConfig
 
 
 class DTensorConfig(Section):
-    """How the PyTorch backend holds a model, and which part of it is trained."""
+    """How a model is spread over the ranks of `cluster`; those that no size takes share data and weights (FSDP2)."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that divide every layer among them."""
+
+    sequence_parallel: bool = False
+    """Divide among the tensor-parallel ranks also what lies between the divided layers: norms and residual stream."""
+
+    context_parallel_size: PositiveInt = 1
+    """Ranks that divide the tokens of every sequence among them."""
+
+    context_parallel_kind: Literal["allgather", "ulysses"] = "allgather"
+    """How a context-parallel rank comes to the keys of the others: `allgather` collects them, `ulysses` exchanges
+    heads for tokens, which takes less memory and needs as many key heads as ranks."""
+
+    pipeline_parallel_size: PositiveInt = 1
+    """Ranks that hold different layers."""
+
+    expert_parallel_size: PositiveInt = 1
+    """Ranks that divide the experts of a layer among them, out of those that share its weights."""
+
+    data_parallel_replicate_size: PositiveInt = 1
+    """Copies of the sharded weights (HSDP); gradients are summed over the copies."""
+
+    custom_parallel_plan: str | dict[str, str] | None = None
+    """Which layers tensor parallelism divides and how: names with `*` for numbers, such as
+    `model.layers.*.self_attn.q_proj: colwise`, or the import path of such a mapping or of a function of the model that
+    makes one; None takes the plan of the model's own code."""
 
     lora_cfg: LoRAConfig = LoRAConfig()
     """Adapters of low rank that are trained instead of the weights."""
+
+    @model_validator(mode="after")
+    def _adapters_are_whole(self) -> Self:
+        if self.lora_cfg.enabled and self.tensor_parallel_size > 1:
+            raise conflict(
+                "tensor parallelism divides no adapters: set tensor_parallel_size to 1 (the ranks then share data and"
+                " weights) or lora_cfg.enabled to false",
+                "tensor_parallel_size",
+                "lora_cfg.enabled",
+            )
+        return self

@@ -14,19 +14,22 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.errors import BackendError
+from nemo_rl.distributed.mesh import Mesh
+from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
 from nemo_rl.models.lora import Adapters, add_adapters, whole_weights
-from nemo_rl.models.peft_format import adapter_weights, load_adapter, save_adapter
+from nemo_rl.models.peft_format import adapter_config, adapter_weights, load_adapter, save_adapter
 from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
-from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler, clip_grad_norm
+from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
+from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.shards import clip_grad_norm, is_first_rank, local_part, whole
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
 
@@ -61,11 +64,30 @@ type Head = Literal["language", "language_and_value", "scalar"]
 
 
 def _load(
-    config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase
+    config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None
 ) -> tuple[CausalLM | ScalarModel, Adapters | None]:
-    """Load a model without dropout, which has no place in a ratio of probabilities, and its adapters if it has some."""
-    device, lora = choose_device(config.device), config.dtensor_cfg.lora_cfg
-    dtype = precision_of(config.precision, device).weights
+    """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
+    device = choose_device(config.device) if mesh is None else mesh.device
+    weights, lora = precision_of(config.precision, device).weights, config.dtensor_cfg.lora_cfg
+    if mesh is None:
+        return _load_whole(config, source, head, tokenizer, device, weights)
+    if lora.quantize != "none":
+        raise ConfigError("compressed weights are not spread: set lora_cfg.quantize to none, or train in one process")
+    held = weights if lora.enabled else torch.float32  # sharded weights that are trained are their own masters
+    model, adapters = _load_whole(config, source, head, tokenizer, device, held)
+    cast_to = None if weights == torch.float32 else weights
+    return parallelize(model, mesh, config.dtensor_cfg, cast_to), adapters
+
+
+def _load_whole(
+    config: TrainedPolicyConfig,
+    source: str,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[CausalLM | ScalarModel, Adapters | None]:
+    lora = config.dtensor_cfg.lora_cfg
     place = device if lora.quantize == "none" else torch.device("cpu")  # until it is small enough
     if head == "scalar":
         padding = cast("int | None", tokenizer.pad_token_id)
@@ -92,6 +114,7 @@ class PyTorchBackend:
         *,
         head: Head = "language",
         with_reference: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         """Load the model.
 
@@ -101,12 +124,14 @@ class PyTorchBackend:
             tokenizer: saved with every checkpoint and export.
             head: what stands on the trunk.
             with_reference: keep a frozen copy of the starting weights, of those that are trained.
+            mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
-        self.model, self._adapters = _load(config, source, head, tokenizer)
+        self.model, self._adapters = _load(config, source, head, tokenizer, mesh)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
         self._source = source
+        self._mesh = mesh
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
@@ -119,6 +144,7 @@ class PyTorchBackend:
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
+            packing=config.sequence_packing.algorithm,
             autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
@@ -168,7 +194,7 @@ class PyTorchBackend:
 
     @contextmanager
     def reference(self) -> Generator[None]:
-        """Put the frozen starting weights in place of the current ones; no tensor is copied.
+        """Put the frozen starting weights in place of the current ones.
 
         Raises:
             BackendError: no reference was kept (the loss compares with none).
@@ -183,23 +209,32 @@ class PyTorchBackend:
 
     def _swap(self, other: list[Tensor]) -> None:
         for i, parameter in enumerate(self._trained()):
-            parameter.data, other[i] = other[i], parameter.data
+            if self._mesh is None:
+                parameter.data, other[i] = other[i], parameter.data
+            else:  # FSDP knows the memory of a shard, so its content moves
+                local, kept = local_part(parameter.data), local_part(other[i])
+                now = local.clone()
+                local.copy_(kept)
+                kept.copy_(now)
 
     def _trained(self) -> list[nn.Parameter]:
         """All weights, or the adapters and new heads alone."""
         return [parameter for parameter in self.model.module.parameters() if parameter.requires_grad]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the weights that the model computes with, by Hugging Face name, tied ones once."""
-        return whole_weights(self.model.module)
+        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks."""
+        for name, weight in whole_weights(self.model.module):
+            yield name, whole(weight).to(self.precision.weights)
 
     def named_adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the adapters by PEFT's names; nothing without adapters."""
-        return adapter_weights(self.model.module) if self._adapters else iter(())
+        """Stream the adapters by PEFT's names, on all ranks at once; nothing without adapters."""
+        if self._adapters:
+            for name, weight in adapter_weights(self.model.module):
+                yield name, whole(weight)
 
     def _state(self) -> TrainingState:
         identity = {**model_identity(self.model.module.config), **(self._adapters.identity if self._adapters else {})}
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity)
+        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._mesh is not None)
 
     def save(self, folder: Path) -> None:
         """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
@@ -220,8 +255,9 @@ class PyTorchBackend:
         dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
         weights = ((name, masters.get(name, weight)) for name, weight in self.named_weights())
         export_hf(module, self._tokenizer, folder, dtype, weights)
-        if self._adapters:
-            save_adapter(module, self._adapters, folder / "adapter", self._source)
+        adapter = dict(self.named_adapter_weights())
+        if self._adapters and is_first_rank(module):
+            save_adapter(folder / "adapter", adapter, adapter_config(module, self._adapters, self._source))
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, device, precision, and how many optimizer steps were begun."""
