@@ -41,7 +41,7 @@ def test_a_pattern_means_a_name_or_its_end(pattern: str, meant: bool) -> None:
         (
             "sft",
             [f"{LORA}.enabled=true", "policy.dtensor_cfg.tensor_parallel_size=2"],
-            "tensor parallelism divides no adapters",
+            "adapters are neither divided nor staged: set tensor_parallel_size to 1",
         ),
         ("grpo", [f"{LORA}={{enabled: true, dropout: 0.1}}"], "grpo compares probabilities under two sets of weights"),
         ("ppo", [f"{LORA}={{enabled: true, dropout: 0.1}}"], "ppo compares probabilities"),

@@ -27,6 +27,14 @@ class DTensorConfig(Section):
     pipeline_parallel_size: PositiveInt = 1
     """Ranks that hold different layers."""
 
+    pipeline_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"
+    ] = "1F1B"
+    """In which order micro-batches run through the stages, by PyTorch's name."""
+
+    pipeline_stages_per_rank: PositiveInt = 1
+    """Stages of a rank: 1 for `GPipe` and `1F1B`, 2 for `ZBVZeroBubble`, 2 or more for the others."""
+
     expert_parallel_size: PositiveInt = 1
     """Ranks that divide the experts of a layer among them, out of those that share its weights."""
 
@@ -42,12 +50,29 @@ class DTensorConfig(Section):
     """Adapters of low rank that are trained instead of the weights."""
 
     @model_validator(mode="after")
-    def _adapters_are_whole(self) -> Self:
-        if self.lora_cfg.enabled and self.tensor_parallel_size > 1:
+    def _rules(self) -> Self:
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise conflict(
-                "tensor parallelism divides no adapters: set tensor_parallel_size to 1 (the ranks then share data and"
-                " weights) or lora_cfg.enabled to false",
-                "tensor_parallel_size",
+                "sequence_parallel divides tokens among tensor-parallel ranks: raise tensor_parallel_size or set it to"
+                " false",
+                "sequence_parallel",
+            )
+        sizes = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+        }
+        if self.lora_cfg.enabled and (name := next((name for name, size in sizes.items() if size > 1), None)):
+            raise conflict(
+                f"adapters are neither divided nor staged: set {name} to 1 (all ranks then share data and weights) or"
+                " lora_cfg.enabled to false",
+                name,
                 "lora_cfg.enabled",
+            )
+        single, per_rank = self.pipeline_schedule in ("GPipe", "1F1B"), self.pipeline_stages_per_rank
+        if self.pipeline_parallel_size > 1 and (single != (per_rank == 1)):
+            raise conflict(
+                f"{self.pipeline_schedule} runs {'one stage' if single else 'two or more stages'} a rank, not"
+                f" {per_rank}: change pipeline_stages_per_rank or pipeline_schedule",
+                "pipeline_stages_per_rank",
             )
         return self

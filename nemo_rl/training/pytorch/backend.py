@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,7 +30,7 @@ from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
 from nemo_rl.training.pytorch.parallelize import parallelize
-from nemo_rl.training.pytorch.shards import clip_grad_norm, is_first_rank, local_part, whole
+from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
 
@@ -65,18 +66,20 @@ type Head = Literal["language", "language_and_value", "scalar"]
 
 def _load(
     config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None
-) -> tuple[CausalLM | ScalarModel, Adapters | None]:
+) -> tuple[CausalLM | ScalarModel, Adapters | None, Spread]:
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
-    weights, lora = precision_of(config.precision, device).weights, config.dtensor_cfg.lora_cfg
+    precision, lora = precision_of(config.precision, device), config.dtensor_cfg.lora_cfg
     if mesh is None:
-        return _load_whole(config, source, head, tokenizer, device, weights)
+        return *_load_whole(config, source, head, tokenizer, device, precision.weights), Alone()
     if lora.quantize != "none":
         raise ConfigError("compressed weights are not spread: set lora_cfg.quantize to none, or train in one process")
-    held = weights if lora.enabled else torch.float32  # sharded weights that are trained are their own masters
+    # sharded weights that are trained are their own masters
+    is_master = mesh.sizes.pipeline < mesh.sizes.world_size and not lora.enabled
+    held = torch.float32 if is_master else precision.weights
     model, adapters = _load_whole(config, source, head, tokenizer, device, held)
-    cast_to = None if weights == torch.float32 else weights
-    return parallelize(model, mesh, config.dtensor_cfg, cast_to), adapters
+    model, spread = parallelize(model, mesh, config.dtensor_cfg, precision)
+    return model, adapters, spread
 
 
 def _load_whole(
@@ -126,12 +129,12 @@ class PyTorchBackend:
             with_reference: keep a frozen copy of the starting weights, of those that are trained.
             mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
-        self.model, self._adapters = _load(config, source, head, tokenizer, mesh)
+        self._spread: Spread
+        self.model, self._adapters, self._spread = _load(config, source, head, tokenizer, mesh)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
         self._source = source
-        self._mesh = mesh
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
@@ -145,6 +148,8 @@ class PyTorchBackend:
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,
+            agree=self._spread.agree,
+            pipeline=self._spread.pipeline,
             autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
@@ -168,7 +173,7 @@ class PyTorchBackend:
         self._scorer = replace(self._scorer, teachers=tuple(head.to(self._scorer.device) for head in heads))
 
     def _update(self) -> Metrics:
-        norm = clip_grad_norm(self._masters.parameters, self._config.max_grad_norm)
+        norm = self._spread.clip(self._masters.named, self._config.max_grad_norm)
         rate = float(self._optimizer.param_groups[0]["lr"])
         if not norm < float("inf"):
             raise BackendError(
@@ -201,21 +206,12 @@ class PyTorchBackend:
         """
         if self._reference is None:
             raise BackendError("no reference weights were kept; set loss_fn.reference_policy_kl_penalty above 0")
-        self._swap(self._reference)
+        parameters = self._trained()
+        self._spread.exchange(parameters, self._reference)
         try:
             yield
         finally:
-            self._swap(self._reference)
-
-    def _swap(self, other: list[Tensor]) -> None:
-        for i, parameter in enumerate(self._trained()):
-            if self._mesh is None:
-                parameter.data, other[i] = other[i], parameter.data
-            else:  # FSDP knows the memory of a shard, so its content moves
-                local, kept = local_part(parameter.data), local_part(other[i])
-                now = local.clone()
-                local.copy_(kept)
-                kept.copy_(now)
+            self._spread.exchange(parameters, self._reference)
 
     def _trained(self) -> list[nn.Parameter]:
         """All weights, or the adapters and new heads alone."""
@@ -223,18 +219,17 @@ class PyTorchBackend:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks."""
-        for name, weight in whole_weights(self.model.module):
-            yield name, whole(weight).to(self.precision.weights)
+        for name, weight in self._spread.stream(whole_weights(self.model.module)):
+            yield name, weight.to(self.precision.weights)
 
     def named_adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the adapters by PEFT's names, on all ranks at once; nothing without adapters."""
         if self._adapters:
-            for name, weight in adapter_weights(self.model.module):
-                yield name, whole(weight)
+            yield from self._spread.stream(adapter_weights(self.model.module))
 
     def _state(self) -> TrainingState:
         identity = {**model_identity(self.model.module.config), **(self._adapters.identity if self._adapters else {})}
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._mesh is not None)
+        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._spread.is_shared)
 
     def save(self, folder: Path) -> None:
         """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
@@ -253,10 +248,10 @@ class PyTorchBackend:
         """
         module, masters = self.model.module, self._masters.named
         dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
-        weights = ((name, masters.get(name, weight)) for name, weight in self.named_weights())
-        export_hf(module, self._tokenizer, folder, dtype, weights)
+        weights = ((name, masters.get(name, weight)) for name, weight in whole_weights(module))
+        export_hf(module, self._tokenizer, folder, dtype, weights, self._spread)
         adapter = dict(self.named_adapter_weights())
-        if self._adapters and is_first_rank(module):
+        if self._adapters and (not self._spread.is_shared or dist.get_rank() == 0):
             save_adapter(folder / "adapter", adapter, adapter_config(module, self._adapters, self._source))
 
     def describe(self) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nemo_rl.errors import CheckpointError
 from nemo_rl.models.load import Identity
 from nemo_rl.training.pytorch.optim import advance
-from nemo_rl.training.pytorch.shards import is_first_rank, whole
+from nemo_rl.training.pytorch.spread import Alone, Spread
 
 MANIFEST = "checkpoint.json"
 _BLOCK = 1 << 20
@@ -138,6 +138,7 @@ def export_hf(
     folder: Path,
     dtype: torch.dtype,
     weights: Iterable[tuple[str, Tensor]],
+    spread: Spread | None = None,
 ) -> None:
     """Write a model folder that plain Transformers loads: safetensors, configuration, tokenizer.
 
@@ -148,17 +149,18 @@ def export_hf(
         tokenizer: saved beside it.
         folder: made if it is not there.
         dtype: of the floating-point tensors in the files.
-        weights: all parameters by name, tied ones once.
+        weights: all parameters of this rank by name, tied ones once.
+        spread: where the tensors are; None is here.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     kept = model.state_dict(keep_vars=True).items()
     others = ((name, tensor) for name, tensor in kept if not isinstance(tensor, nn.Parameter))
-    leads = is_first_rank(model)
+    spread = spread or Alone()
+    leads = not spread.is_shared or dist.get_rank() == 0
     exported: dict[str, Tensor] = {}
-    for name, tensor in chain(others, weights):
-        full = whole(tensor)
+    for name, full in spread.stream(chain(others, weights)):
         if leads:
             exported[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype).contiguous()
     if not leads:
