@@ -143,6 +143,26 @@ def test_memory_is_that_of_one_rank_and_the_placement_names_them() -> None:
     assert part["KV cache"] < one["KV cache"]
 
 
+def test_adapters_alone_are_trained_in_memory() -> None:
+    shape = ModelShape(8, 1, 16, 2, 1, 4, 10)
+    linears = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16
+    adapters = 3 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16))
+    assert shape.linear_parameters == linears
+
+    def parts(lora: str) -> dict[str, int]:
+        reference = "loss_fn.reference_policy_kl_penalty=0.1"
+        setting = f"policy.dtensor_cfg.lora_cfg={{enabled: true, dim: 3, {lora}}}"
+        return memory_bytes(load("policy.precision=bfloat16", reference, setting), shape)
+
+    whole = parts("alpha: 6")
+    assert whole["weights"] == 2 * shape.parameters and "master weights" not in whole
+    assert whole["adapters"] == whole["gradients"] == whole["reference weights"] == 4 * adapters
+    assert whole["optimizer moments"] == 8 * adapters
+    assert parts("target_modules: [q_proj, down_proj]")["gradients"] == 4 * 3 * (16 + 24)
+    assert parts("quantize: nf4")["weights"] == 2 * (shape.parameters - linears) + linears // 2
+    assert parts("quantize: int8")["weights"] == 2 * (shape.parameters - linears) + linears
+
+
 def test_an_unknown_model_has_a_plan_without_memory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "something_new"}))
     for name in ("someone/Unheard-Of-3B", str(tmp_path)):

@@ -136,7 +136,7 @@ class TrainedPolicyConfig(ModelConfig):
     """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
 
     dtensor_cfg: DTensorConfig = DTensorConfig()
-    """How the model is spread over several ranks."""
+    """How the model is spread over several ranks, and which part of it is trained."""
 
     @model_validator(mode="after")
     def _chain_is_whole(self) -> Self:
