@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nemo_rl.data.packing import Stream
+from nemo_rl.data.transfer import moved
 from nemo_rl.models.attention import AttentionPlan, TreeAttention, use_plans
 from nemo_rl.models.rows import run_rows
 
@@ -41,10 +42,10 @@ class StreamModel:
     def stream_hidden(self, stream: Stream) -> Tensor:
         """Run the trunk over a micro-batch: last hidden states [S, H]."""
         device = self.device
-        input_ids = stream.input_ids.to(device)
+        input_ids = moved(stream.input_ids, device)
         if not self.takes_plans:
             return run_rows(self.trunk, input_ids, stream.tree)
-        return self.hidden(input_ids, stream.position_ids.to(device), TreeAttention(stream.tree, device))
+        return self.hidden(input_ids, moved(stream.position_ids, device), TreeAttention(stream.tree, device))
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
         """Run the trunk along a plan, which the model must take: int64 [S], int64 [S] -> last hidden states [S, H]."""
