@@ -152,11 +152,12 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     policy, parameters = config.policy, shape.parameters
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
     stored, computed = _number_sizes(policy, config)
+    rows = min(largest, policy.head_rows(shape.vocab, on_gpu=bool(config.cluster.gpus_per_node)))
     parts = {
         **_weight_bytes(policy, shape, config),
         "reference weights": stored * parameters if _has_reference(config) else 0,
         "activations": computed * largest * shape.activation_elements_per_token,
-        "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
+        "logits of one chunk": (computed + 2 * _FLOAT32) * rows * shape.vocab,
     }
     if isinstance(config, SampledRunConfig) and isinstance(config.policy.generation, HFGenerationConfig):
         generation = config.policy.generation

@@ -39,6 +39,11 @@ class StreamModel:
         """Parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
+    @property
+    def vocab_size(self) -> int:
+        """Logits that the language model has, or would have."""
+        return self.module.config.get_text_config().vocab_size
+
     def stream_hidden(self, stream: Stream) -> Tensor:
         """Run the trunk over a micro-batch: last hidden states [S, H]."""
         device = self.device

@@ -122,7 +122,9 @@ def _works_on(device: torch.device) -> bool:
             return False
     if max(errors) <= _TOLERANCE:
         return True
-    _log.warning("the variable-length attention kernel on %s is off by %.1e, segments run in buckets", device, max(errors))
+    _log.warning(
+        "the variable-length attention kernel on %s is off by %.1e, segments run in buckets", device, max(errors)
+    )
     return False
 
 

@@ -7,7 +7,10 @@ nothing else, so every block of the weight's gradient is one complete matrix pro
 bfloat16) and only the small gradient of the hidden states is added up, in float32.
 """
 
+import importlib
+import importlib.util
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Literal, Protocol, cast
 
 import torch
@@ -273,8 +276,19 @@ class _ChunkedHead(torch.autograd.Function):
         entropy = torch.full_like(logprobs, torch.nan)
         matrix = weight.to(dtype)
         num_rows = max(1, chunk_size // _BUFFERS)
+        kernels = _kernels(hidden.device, dtype)
         for start in range(0, len(target), num_rows):
             rows = slice(start, start + num_rows)
+            if kernels is not None:
+                kernels.row_statistics(
+                    _raw_logits(hidden[rows].to(dtype), matrix, bias),
+                    target[rows],
+                    temperature,
+                    logprobs=logprobs[rows],
+                    log_sums=log_sum[rows],
+                    entropies=entropy[rows] if with_entropy else None,
+                )
+                continue
             logits = _logits(hidden[rows].to(dtype), matrix, bias, temperature)
             highest = logits.amax(-1, keepdim=True)
             chosen = logits.sub_(highest).gather(-1, target[rows, None]).squeeze(-1)
@@ -302,15 +316,22 @@ class _ChunkedHead(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         scale = (grad_logprobs / ctx.temperature)[:, None]
+        kernels = _kernels(hidden.device, ctx.dtype)
         num_columns = max(1, ctx.chunk_size * len(weight) // max(1, _BUFFERS * len(target)))
         with torch.autocast(weight.device.type, enabled=False):
             for start in range(0, len(weight), num_columns):
                 block = slice(start, start + num_columns)
                 matrix = weight[block].to(ctx.dtype)
-                logits = _logits(rows, matrix, None if bias is None else bias[block], ctx.temperature)
-                grad = _grad_logits(logits, target - start, log_sum, scale)
+                part = None if bias is None else bias[block]
+                if kernels is None:
+                    logits = _logits(rows, matrix, part, ctx.temperature)
+                    grad = _grad_logits(logits, target - start, log_sum, scale)
+                else:
+                    grad = kernels.to_logit_gradient(
+                        _raw_logits(rows, matrix, part), target, log_sum, scale, ctx.temperature, first_column=start
+                    )
                 if grad_bias is not None:
-                    grad_bias[block] = grad.sum(0)
+                    grad_bias[block] = grad.sum(0, dtype=log_sum.dtype)
                 grad = grad.to(ctx.dtype)
                 if grad_hidden is not None:
                     grad_hidden += grad @ matrix
@@ -330,9 +351,19 @@ def _grad_logits(logits: Tensor, column: Tensor, log_sum: Tensor, scale: Tensor)
 
 def _logits(rows: Tensor, matrix: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Compute the logits [m, v] of rows [m, H] for matrix [v, H]: a fresh tensor that may be overwritten."""
-    logits = F.linear(rows, matrix, None if bias is None else bias.to(matrix.dtype))
-    logits = logits.to(_accumulator(matrix.dtype))
+    logits = _raw_logits(rows, matrix, bias).to(_accumulator(matrix.dtype))
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _raw_logits(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(rows, matrix, None if bias is None else bias.to(matrix.dtype))
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """`objectives.softmax_kernels` where it runs: on a GPU, if Triton is installed."""
+    if device.type != "cuda" or dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("nemo_rl.objectives.softmax_kernels")
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.packing import Stream, build_stream, micro_batches
+from nemo_rl.data.transfer import moved
 from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Metrics, Sum, merge
@@ -97,17 +98,17 @@ class Scorer:
             truncation=self.truncation,
             with_entropy=with_entropy,
         )
-        # equal answers ask for the same predictions: each goes through the head once
-        pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
-        predictor, target = pairs.to(self.device)
+        predictor, target, place = (None if x is None else moved(x, self.device) for x in _distinct(stream))
+        assert predictor is not None and target is not None
         logprobs, entropy = head(hidden, model.head.weight, predictor, target, bias=model.head.bias)
-        place = place.to(self.device)
+        if place is not None:
+            logprobs, entropy = logprobs[place], entropy[place]
         critic = model.value_head if with_entropy else None
         values = None if critic is None else scalar_values(critic, self._rows(hidden, stream))
-        return TokenOutputs(logprobs[place], entropy[place], values)
+        return TokenOutputs(logprobs, entropy, values)
 
     def _rows(self, hidden: Tensor, stream: Stream) -> Tensor:
-        return select_hidden(hidden, stream.predictor.to(self.device))
+        return select_hidden(hidden, moved(stream.predictor, self.device))
 
     def _logits(self, model: CausalLM) -> Callable[[Tensor], Tensor]:
         """The LM head as an objective calls it, outside of `score`."""
@@ -120,6 +121,18 @@ class Scorer:
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def _distinct(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Predictor and target of the predictions that are asked for, and which of them each of the M is.
+
+    Equal answers ask for the same ones, and each goes through the head once; None if they are all different.
+    """
+    if (stream.predictor.diff() > 0).all():
+        return stream.predictor, stream.target, None
+    num_targets = int(stream.target.max()) + 1
+    pairs, place = (stream.predictor * num_targets + stream.target).unique(return_inverse=True)
+    return pairs // num_targets, pairs % num_targets, place
 
 
 def train_step(
@@ -142,33 +155,40 @@ def train_step(
         BackendError: the loss is not finite; no weight has changed then.
     """
     parts: list[Metrics] = []
+    losses: list[Tensor] = []
     for micro_batch in scorer.cut(batch, max_tokens):
         loss, metrics = _loss(scorer, micro_batch, objective)
-        if not math.isfinite(metrics["loss"].value):
-            raise BackendError(
-                f"the loss is {metrics['loss'].value}; lower the learning rate or look at the rollouts of this step"
-            )
         loss.backward()
+        losses.append(loss.detach())
         parts.append(metrics)
     if not parts:
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
-    return merge([*parts, update(), {"tokens": Sum(batch.num_tokens), "largest_micro_batch": _largest(parts)}])
+    loss = _sum(losses)
+    if not math.isfinite(loss.value):
+        raise BackendError(f"the loss is {loss.value}; lower the learning rate or look at the rollouts of this step")
+    counted: Metrics = {"loss": loss, "tokens": Sum(batch.num_tokens), "largest_micro_batch": _largest(parts)}
+    return merge([*parts, update(), counted])
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
     """The objective's metrics and the loss of a batch, cut as in training; no gradient."""
     with torch.no_grad():
-        return merge(_loss(scorer, micro_batch, objective)[1] for micro_batch in scorer.cut(batch, max_tokens))
+        parts = [_loss(scorer, micro_batch, objective) for micro_batch in scorer.cut(batch, max_tokens)]
+    return merge([*(metrics for _, metrics in parts), {"loss": _sum([loss for loss, _ in parts])}])
+
+
+def _sum(losses: list[Tensor]) -> Sum:
+    """Add up the losses of the micro-batches, in one transfer from the device: each would have to wait for it."""
+    return Sum(sum(torch.stack(losses).tolist())) if losses else Sum(0.0)
 
 
 def _loss(scorer: Scorer, micro_batch: TokenBatch, objective: Objective) -> tuple[Tensor, Metrics]:
-    """The loss of a micro-batch, a part of that of the batch, and its metrics."""
+    """The loss of a micro-batch, a part of that of the batch, and its metrics but for the loss."""
     outputs, stream = scorer.score(micro_batch, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
     token_loss, metrics = objective(outputs, tokens)
     loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
     counted: Metrics = {
-        "loss": Sum(loss.item()),
         "tokens_computed": Sum(len(stream.input_ids)),
         "loss_tokens": Sum(len(stream.target)),
         "micro_batches": Sum(1),
@@ -185,10 +205,14 @@ def score_tokens(
 ) -> Tensor:
     """Log-probabilities or values, float32 [N], of the tokens that carry loss, 0 elsewhere; no gradient."""
     scores = torch.zeros(batch.num_tokens)
+    found: list[Tensor] = []  # fetched at the end: the device never waits for the host
+    places: list[Tensor] = []
     for outputs, where in read_tokens(scorer, batch, reads, max_tokens=max_tokens):
         assert not isinstance(outputs, DistributionOutputs)  # not what was asked for
-        found = outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs
-        scores[where] = found.cpu()
+        found.append(outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs)
+        places.append(where)
+    if found:
+        scores[torch.cat(places)] = torch.cat(found).float().cpu()
     return scores
 
 

@@ -18,6 +18,7 @@ from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
+from nemo_rl.models.compiled import compile_layers
 from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
 from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
@@ -100,6 +101,8 @@ class PyTorchBackend:
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
         self._tokenizer = tokenizer
+        if config.compile:
+            compile_layers(self.model.trunk)
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
@@ -108,7 +111,7 @@ class PyTorchBackend:
         self._scorer = Scorer(
             self.model,
             temperature=sampling.temperature if sampling else 1.0,
-            chunk_size=config.logprob_chunk_size,
+            chunk_size=config.head_rows(self.model.vocab_size, on_gpu=self.model.device.type == "cuda"),
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             autocast=self.precision.autocast,
