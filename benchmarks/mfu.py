@@ -6,8 +6,8 @@ what differs is forward, loss and backward.
 
 - by hand: Transformers with `sdpa` attention (causal, no mask: PyTorch's flash kernel), whole logits, `cross_entropy`.
 - ours: `PyTorchBackend.train`; `compiled`: the same with `policy.compile`.
-- `--trl`: TRL's `SFTTrainer` on the same sequences, alone and after the others, with bfloat16 weights and moments, which
-  is cheaper.
+- `--trl`: TRL's `SFTTrainer` on the same sequences, alone and after the others, with weights and moments in
+  bfloat16, which is cheaper.
 
 FLOPs of a token, forward: 2 a weight of every matrix, and in each layer 4 a hidden unit and attended token; backward
 twice as many. The peak is that of an H100 or H200 SXM in dense bfloat16.
@@ -20,15 +20,13 @@ import gc
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from bare_loop import bare_backward, equal_sequences, rows
-from measure import machine, parse_arguments, print_machine
+from measure import machine, parse_arguments, print_machine, seconds_of, take_turns
 from model_folder import write_model
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
@@ -57,33 +55,6 @@ class Work:
     def tokens(self) -> int:
         """Tokens that enter the model: the last of a sequence predicts nothing."""
         return (self.length - 1) * self.per_micro_batch * self.micro_batches
-
-
-@dataclass(slots=True)
-class Timer:
-    """Milliseconds of calls: by CUDA events on a GPU, by the clock elsewhere."""
-
-    device: str
-    found: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-
-    def run(self, name: str, call: Callable[[], object]) -> None:
-        """Take the time of one call."""
-        self.found.setdefault(name, []).append(milliseconds(self.device, call))
-
-
-def milliseconds(device: str, call: Callable[[], object]) -> float:
-    """Take the time of one call, all that the device does for it included."""
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
 
 
 def shape(scale: float) -> Qwen2Config:
@@ -123,7 +94,9 @@ def make_backend(folder: Path, work: Work, device: str) -> PyTorchBackend:
     return PyTorchBackend(TrainedPolicyConfig.model_validate(settings), str(folder), load_tokenizer(str(folder)))
 
 
-def measure(backend: PyTorchBackend, batch: TokenBatch, work: Work, options: argparse.Namespace) -> Timer:
+def measure(
+    backend: PyTorchBackend, batch: TokenBatch, work: Work, options: argparse.Namespace
+) -> dict[str, list[float]]:
     """Let the sides take turns."""
     module = backend.model.module
     parts = rows(batch, work.per_micro_batch, options.device)
@@ -152,17 +125,13 @@ def measure(backend: PyTorchBackend, batch: TokenBatch, work: Work, options: arg
 
     sides = {"by hand": by_hand, "ours": ours} | ({"compiled": ours_compiled} if options.compile else {})
     for name, run in sides.items():
-        seconds = [milliseconds(options.device, run) / 1e3 for _ in range(2)]
-        print(f"warm-up of {name}: {seconds[0]:.1f} s, {seconds[1]:.1f} s", flush=True)
-    timer = Timer(options.device)
-    for _ in range(options.repetitions):
-        for name, run in sides.items():
-            timer.run(name, run)
-    return timer
+        first, second = (seconds_of(run, options.device) for _ in range(2))
+        print(f"warm-up of {name}: {first:.1f} s, {second:.1f} s", flush=True)
+    return take_turns(sides, options.repetitions, options.device)
 
 
 def time_trl(folder: Path, batch: TokenBatch, work: Work, options: argparse.Namespace) -> list[float]:
-    """Milliseconds of TRL's steps, after two to warm up; none if TRL is not installed."""
+    """Seconds of TRL's steps, after two to warm up; none if TRL is not installed."""
     try:
         from trl_side import trl_steps
     except ImportError as error:
@@ -178,16 +147,17 @@ def report(found: dict[str, list[float]], work: Work, flops: float, options: arg
     results: dict[str, dict[str, float]] = {}
     print(f"{'side':<12} {'ms/step':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>7} {'by hand / it':>13}")
     for name, median in medians.items():
-        speed = work.tokens / median * 1e3
+        speed = work.tokens / median
         ratio = medians["by hand"] / median
         mfu = speed * flops / PEAK
-        results[name] = {"ms": median, "tokens_per_second": speed, "mfu": mfu, "speedup": ratio}
-        print(f"{name:<12} {median:>9.1f} {speed:>10.0f} {speed * flops / 1e12:>8.1f} {mfu:>7.1%} {ratio:>12.3f}x")
+        results[name] = {"seconds": median, "tokens_per_second": speed, "mfu": mfu, "speedup": ratio}
+        print(
+            f"{name:<12} {1e3 * median:>9.1f} {speed:>10.0f} {speed * flops / 1e12:>8.1f} {mfu:>7.1%} {ratio:>12.3f}x"
+        )
     if options.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if options.output is not None:
-        card = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-        written = {"machine": machine(), "card": card, "tokens": work.tokens, "flops_per_token": flops}
+        written = {"machine": machine(), "tokens": work.tokens, "flops_per_token": flops}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(written | {"results": results, "runs": found}, indent=2) + "\n")
 
@@ -215,7 +185,7 @@ def main() -> None:
         flops = flops_per_token(backend.model.module, work.length - 1)
         print(f"{backend.model.num_parameters:,} parameters, {flops / 1e9:.2f} GFLOP a token, {work}", flush=True)
         batch = equal_sequences(work.per_micro_batch * work.micro_batches, work.length, config.vocab_size)
-        found = measure(backend, batch, work, options).found
+        found = measure(backend, batch, work, options)
         report(found, work, flops, options)
         if options.trl:
             del backend

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class StepTimes(TrainerCallback):
-    """Milliseconds from the beginning to the end of each optimizer step."""
+    """Seconds from the beginning to the end of each optimizer step."""
 
     def __init__(self) -> None:
         self.events: list[torch.cuda.Event] = []
@@ -28,14 +28,14 @@ class StepTimes(TrainerCallback):
         event.record()
         self.events.append(event)
 
-    def milliseconds(self) -> list[float]:
+    def seconds(self) -> list[float]:
         """Of every step, once the device is done."""
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in zip(self.events[::2], self.events[1::2], strict=True)]
+        return [begin.elapsed_time(end) / 1e3 for begin, end in zip(self.events[::2], self.events[1::2], strict=True)]
 
 
 def trl_steps(folder: Path, sequences: Tensor, per_micro_batch: int, micro_batches: int, num_steps: int) -> list[float]:
-    """Train on all the sequences [n, T] in each of `num_steps` steps, on a GPU; milliseconds of each."""
+    """Train on all the sequences [n, T] in each of `num_steps` steps, on a GPU; seconds of each."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
     times = StepTimes()
     with tempfile.TemporaryDirectory() as output:
@@ -65,4 +65,4 @@ def trl_steps(folder: Path, sequences: Tensor, per_micro_batch: int, micro_batch
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return times.milliseconds()
+    return times.seconds()

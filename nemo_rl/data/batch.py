@@ -65,7 +65,7 @@ class TokenBatch:
             raise DataError(f"TokenBatch token column 'loss_mask' is {_describe(loss_mask)}; it must be bool")
 
     def _check_values(self) -> None:
-        """Look at the numbers, on a CPU alone: a GPU would have to finish its work first, and a batch comes from one."""
+        """Look at the numbers; not on a GPU, which would have to stop for it and is given what a CPU has checked."""
         if not len(self.cu_seqlens) or self.cu_seqlens[0] != 0 or self.cu_seqlens[-1] != len(self.token_ids):
             raise DataError(f"TokenBatch.cu_seqlens must run from 0 to the {len(self.token_ids)} tokens of the batch")
         if (self.lengths < 0).any():

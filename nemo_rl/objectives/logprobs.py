@@ -4,7 +4,8 @@ The language-model head is the largest matrix product of a small model, and its 
 training step. `token_logprobs` never builds them whole. Forward it walks over chunks of tokens and keeps one number per
 token, the log-sum-exp; backward it walks over blocks of the vocabulary, where softmax = exp(logit - logsumexp) needs
 nothing else, so every block of the weight's gradient is one complete matrix product (no running sum, hence no loss in
-bfloat16) and only the small gradient of the hidden states is added up, in float32.
+bfloat16) and only the small gradient of the hidden states is added up, in float32. Logits that all fit into the memory
+of one chunk are kept for the backward pass instead of computed again.
 """
 
 import importlib
@@ -245,7 +246,7 @@ class _Context(Protocol):
     """What the forward pass of the chunked head leaves for its backward pass."""
 
     @property
-    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]: ...
+    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]: ...
     @property
     def needs_input_grad(self) -> tuple[bool, ...]: ...
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
@@ -275,13 +276,17 @@ class _ChunkedHead(torch.autograd.Function):
         log_sum = torch.empty_like(logprobs)
         entropy = torch.full_like(logprobs, torch.nan)
         matrix = weight.to(dtype)
-        num_rows = max(1, chunk_size // _BUFFERS)
         kernels = _kernels(hidden.device, dtype)
+        cost = dtype.itemsize if kernels is not None else 2 * log_sum.itemsize  # of a logit, where no other is held
+        keeps = any(ctx.needs_input_grad) and len(target) * cost <= chunk_size * log_sum.itemsize
+        kept: Tensor | None = None
+        num_rows = max(1, len(target) if keeps else chunk_size // _BUFFERS)
         for start in range(0, len(target), num_rows):
             rows = slice(start, start + num_rows)
             if kernels is not None:
+                kept = _raw_logits(hidden[rows].to(dtype), matrix, bias)
                 kernels.row_statistics(
-                    _raw_logits(hidden[rows].to(dtype), matrix, bias),
+                    kept,
                     target[rows],
                     temperature,
                     logprobs=logprobs[rows],
@@ -292,14 +297,15 @@ class _ChunkedHead(torch.autograd.Function):
             logits = _logits(hidden[rows].to(dtype), matrix, bias, temperature)
             highest = logits.amax(-1, keepdim=True)
             chosen = logits.sub_(highest).gather(-1, target[rows, None]).squeeze(-1)
-            exponentials = logits.exp() if with_entropy else logits.exp_()
+            exponentials = logits.exp() if with_entropy or keeps else logits.exp_()
             total = exponentials.sum(-1)
             log_total = total.log()
             logprobs[rows] = chosen - log_total
-            log_sum[rows] = log_total + highest.squeeze(-1)
+            log_sum[rows] = log_total if keeps else log_total + highest.squeeze(-1)  # what is kept is less the highest
             if with_entropy:
-                entropy[rows] = log_total - logits.mul_(exponentials).sum(-1) / total
-        ctx.save_for_backward(hidden, weight, bias, target, log_sum)
+                entropy[rows] = log_total - exponentials.mul_(logits).sum(-1) / total
+            kept = logits
+        ctx.save_for_backward(hidden, weight, bias, target, log_sum, kept if keeps else None)
         ctx.temperature, ctx.chunk_size, ctx.dtype = temperature, chunk_size, dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -309,7 +315,7 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: _Context, grad_logprobs: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, log_sum = ctx.saved_tensors
+        hidden, weight, bias, target, log_sum, kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_rest = ctx.needs_input_grad
         rows = hidden.to(ctx.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if needs_hidden else None
@@ -318,17 +324,20 @@ class _ChunkedHead(torch.autograd.Function):
         scale = (grad_logprobs / ctx.temperature)[:, None]
         kernels = _kernels(hidden.device, ctx.dtype)
         num_columns = max(1, ctx.chunk_size * len(weight) // max(1, _BUFFERS * len(target)))
+        if kept is not None:
+            num_columns = len(weight)
         with torch.autocast(weight.device.type, enabled=False):
             for start in range(0, len(weight), num_columns):
                 block = slice(start, start + num_columns)
                 matrix = weight[block].to(ctx.dtype)
                 part = None if bias is None else bias[block]
                 if kernels is None:
-                    logits = _logits(rows, matrix, part, ctx.temperature)
+                    logits = _logits(rows, matrix, part, ctx.temperature) if kept is None else kept
                     grad = _grad_logits(logits, target - start, log_sum, scale)
                 else:
+                    logits = _raw_logits(rows, matrix, part) if kept is None else kept
                     grad = kernels.to_logit_gradient(
-                        _raw_logits(rows, matrix, part), target, log_sum, scale, ctx.temperature, first_column=start
+                        logits, target, log_sum, scale, ctx.temperature, first_column=start
                     )
                 if grad_bias is not None:
                     grad_bias[block] = grad.sum(0, dtype=log_sum.dtype)

@@ -88,8 +88,8 @@ class ModelConfig(Section):
     """Shortest common prefix in tokens that is worth sharing."""
 
     logprob_chunk_size: PositiveInt | None = None
-    """Tokens whose logits are held at a time in the language-model head; None is 256 on a CPU, and on a GPU as many as
-    2 GiB hold."""
+    """Tokens whose logits are held at a time in the language-model head; None is as many as 64 MiB hold (2 GiB on a GPU),
+    at least 256."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; `auto` is the GPU when there is one."""
@@ -99,7 +99,7 @@ class ModelConfig(Section):
 
     def head_rows(self, vocab_size: int, *, on_gpu: bool) -> int:
         """Tokens whose logits the head holds at a time, `logprob_chunk_size` or its default."""
-        return self.logprob_chunk_size or max(256, on_gpu * 2**31 // (4 * vocab_size))
+        return self.logprob_chunk_size or max(256, (2**31 if on_gpu else 2**26) // (4 * vocab_size))
 
 
 class TrainedPolicyConfig(ModelConfig):
