@@ -148,7 +148,7 @@ def _probe(device: torch.device, window: int) -> float:
             strict=True,
         ),
     ]
-    return max(float((one.float() - other).norm() / other.norm()) for one, other in pairs)
+    return max(float((one.float() - other).detach().norm() / other.detach().norm()) for one, other in pairs)
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:

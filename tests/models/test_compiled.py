@@ -13,7 +13,7 @@ from tiny_batches import rollout_batch
 from tiny_models import tiny_model
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's own, when it compiles
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, as it compiles
 def test_compiled_layers_are_plain_layers_and_share_their_graphs() -> None:
     plain = tiny_model("qwen2", num_hidden_layers=3)
     models = [CausalLM.wrap(copy.deepcopy(plain)) for _ in range(2)]

@@ -88,8 +88,8 @@ class ModelConfig(Section):
     """Shortest common prefix in tokens that is worth sharing."""
 
     logprob_chunk_size: PositiveInt | None = None
-    """Tokens whose logits are held at a time in the language-model head; None is as many as 64 MiB hold (2 GiB on a GPU),
-    at least 256."""
+    """Tokens whose logits are held at a time in the language-model head; None is as many as 64 MiB (GPU: 2 GiB)
+    hold, at least 256."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; `auto` is the GPU when there is one."""
