@@ -15,6 +15,7 @@ twice as many. The peak is that of an H100 or H200 SXM in dense bfloat16.
     uv run --group bench benchmarks/mfu.py [--compile] [--trl] [--output FILE]
 """
 
+# pyright: reportPrivateUsage=none
 import argparse
 import gc
 import json
@@ -106,8 +107,8 @@ def measure(
     def by_hand() -> None:
         module.set_attn_implementation("sdpa")
         bare_backward(module, parts)
-        backend._update()  # pyright: ignore[reportPrivateUsage]
-        backend._optimizer.zero_grad()  # pyright: ignore[reportPrivateUsage]
+        backend._update()
+        backend._optimizer.zero_grad()
         module.set_attn_implementation(NAME)
 
     def ours() -> None:

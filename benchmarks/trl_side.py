@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 
@@ -36,7 +36,9 @@ class StepTimes(TrainerCallback):
 
 def trl_steps(folder: Path, sequences: Tensor, per_micro_batch: int, micro_batches: int, num_steps: int) -> list[float]:
     """Train on all the sequences [n, T] in each of `num_steps` steps, on a GPU; seconds of each."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa", device_map="cuda"
+    )
     times = StepTimes()
     with tempfile.TemporaryDirectory() as output:
         arguments = SFTConfig(

@@ -6,6 +6,7 @@ with fewer queries than keys the last query sees the last key, which is what a b
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -106,9 +107,10 @@ class _Gather(torch.autograd.Function):
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *layout: Tensor | int, **options: Any) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # registers its operators on import: only where it is used
 
-    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    kernel: Callable[..., Any] = varlen_attn
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(kernel).parameters:
         options["enable_gqa"] = True  # older versions share key heads unasked
-    return cast(Tensor, varlen_attn(q, k, v, *layout, **options))
+    return cast(Tensor, kernel(q, k, v, *layout, **options))
 
 
 @cache

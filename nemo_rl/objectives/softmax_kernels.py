@@ -98,7 +98,7 @@ def row_statistics(
             temperature,
             WITH_ENTROPY=entropies is not None,
             BLOCK=_BLOCK,
-            num_warps=8,
+            num_warps=8,  # pyright: ignore[reportCallIssue]
         )
 
 
@@ -126,6 +126,6 @@ def to_logit_gradient(
             logits.stride(0),
             temperature,
             BLOCK=_BLOCK,
-            num_warps=8,
+            num_warps=8,  # pyright: ignore[reportCallIssue]
         )
     return logits

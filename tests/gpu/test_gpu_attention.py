@@ -48,6 +48,7 @@ def test_the_kernel_of_this_machine_works() -> None:
 def test_the_kernel_computes_what_buckets_do(
     share: bool, heads: int, key_heads: int, width: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert varlen._works_on(torch.device("cuda", 0))  # tried before it is watched
     calls: list[Any] = []
     kernel = varlen._kernel
     monkeypatch.setattr(

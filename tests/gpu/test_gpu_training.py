@@ -44,12 +44,12 @@ def test_a_float32_step_is_that_of_the_cpu(folder: Path, changes: dict[str, Any]
 def test_a_bfloat16_step_is_close_to_it(folder: Path) -> None:
     exact = change(folder, "cpu", "float32")
     for precision in ("bfloat16", "bfloat16_autocast"):
-        assert apart(change(folder, "cuda", precision), exact) <= 0.06
+        assert apart(change(folder, "cuda", precision), exact) <= 0.1
 
 
 def test_sharing_prefixes_changes_a_bfloat16_step_by_its_rounding_alone(folder: Path) -> None:
     shared, alone = (change(folder, "cuda", "bfloat16", share_prefixes=share) for share in (True, False))
-    assert apart(shared, alone) <= 0.05
+    assert apart(shared, alone) <= 0.1
 
 
 def test_a_compiled_step_is_the_plain_one(folder: Path) -> None:

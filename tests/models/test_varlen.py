@@ -1,4 +1,4 @@
-"""The tree that the variable-length kernel is given is the segment tree; a plain loop stands in for the GPU's kernel."""
+"""The kernel for a whole tree is given that tree; on a CPU a plain loop stands in for the kernel, which it has not."""
 
 from typing import Any
 
