@@ -163,6 +163,7 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
     stored, computed = _number_sizes(policy, config)
     reference = _FLOAT32 * _adapter_parameters(policy, shape) or stored * shape.parameters
+    rows = min(largest, policy.head_rows(shape.vocab, on_gpu=bool(config.cluster.gpus_per_node)))
     parts = {
         **_weight_bytes(policy, shape, config),
         "reference weights": reference // _weight_parts(policy, config) if _has_reference(config) else 0,
@@ -170,7 +171,7 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
         * largest
         * shape.activation_elements_per_token
         // (spread.context_parallel_size * spread.pipeline_parallel_size),
-        "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
+        "logits of one chunk": (computed + 2 * _FLOAT32) * rows * shape.vocab,
     }
     if isinstance(config, SampledRunConfig) and isinstance(config.policy.generation, HFGenerationConfig):
         generation, num_ranks = config.policy.generation, config.cluster.num_ranks

@@ -20,6 +20,7 @@ from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.compiled import compile_layers
 from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
 from nemo_rl.models.lora import Adapters, add_adapters, whole_weights
 from nemo_rl.models.peft_format import adapter_config, adapter_weights, load_adapter, save_adapter
@@ -136,6 +137,8 @@ class PyTorchBackend:
         self._config = config
         self._source = source
         self._tokenizer = tokenizer
+        if config.compile:
+            compile_layers(self.model.trunk)
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
@@ -144,7 +147,7 @@ class PyTorchBackend:
         self._scorer = Scorer(
             self.model,
             temperature=sampling.temperature if sampling else 1.0,
-            chunk_size=config.logprob_chunk_size,
+            chunk_size=config.head_rows(self.model.vocab_size, on_gpu=self.model.device.type == "cuda"),
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,
