@@ -15,6 +15,7 @@ SETTINGS = (
     "loss_fn.reference_policy_kl_penalty=0.1",
     "checkpointing.save_period=2",
 )
+SHORT = (*SETTINGS, "grpo.max_num_steps=2", "checkpointing.enabled=false")
 TWO = "cluster.ranks_per_node=2"
 SAME = ("train/loss", "train/reward/mean", "train/grad_norm", "train/reference_kl", "train/tokens", "train/loss_tokens")
 
@@ -43,10 +44,28 @@ def test_two_ranks_do_what_one_process_does_and_it_goes_on_where_they_stopped(ti
     assert_close(saved_tensors(one, 3), saved_tensors(two, 3))
 
 
-def test_ranks_under_ray_do_what_one_process_does(tiny_llama: Path, tmp_path: Path) -> None:
-    reward, short = reward_file(tmp_path), (*SETTINGS, "grpo.max_num_steps=1", "checkpointing.enabled=false")
-    launch(overrides(tiny_llama, reward, tmp_path / "one", *short))
-    ray = ("cluster.executor=ray", "cluster.startup_timeout_seconds=250", TWO)
-    launch(overrides(tiny_llama, reward, tmp_path / "two", *short, *ray))
-    (one,), (two,) = records(tmp_path / "one"), records(tmp_path / "two")
-    assert [two[name] for name in SAME] == pytest.approx([one[name] for name in SAME], rel=1e-4, abs=1e-7)
+@pytest.fixture(scope="module")
+def alone(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | None]]:
+    """The records of two steps in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch(overrides(tiny_llama, reward_file(folder), folder / "run", *SHORT))
+    return records(folder / "run")
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+def test_the_second_step_is_sampled_with_what_two_ranks_have_learnt(
+    axis: str, alone: list[dict[str, float | None]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    spread = f"policy.dtensor_cfg.{axis}_parallel_size=2"
+    launch(overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *SHORT, TWO, spread))
+    for found, known in zip(records(tmp_path / "run"), alone, strict=True):
+        assert [found[name] for name in SAME] == pytest.approx([known[name] for name in SAME], rel=1e-4, abs=1e-7)
+
+
+def test_ranks_under_ray_do_what_one_process_does(
+    alone: list[dict[str, float | None]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    ray = ("cluster.executor=ray", "cluster.startup_timeout_seconds=250", TWO, "grpo.max_num_steps=1")
+    launch(overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *SHORT, *ray))
+    (found,) = records(tmp_path / "run")
+    assert [found[name] for name in SAME] == pytest.approx([alone[0][name] for name in SAME], rel=1e-4, abs=1e-7)
