@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny_ppo  # pyright: ignore[reportImplicitRelativeImport]
+from tiny_letters import make_letters_model  # pyright: ignore[reportImplicitRelativeImport]
 from tiny_run import launch, overrides, records, reward_file, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
 
 SETTINGS = (
@@ -35,6 +37,8 @@ def test_two_ranks_do_what_one_process_does_and_it_goes_on_where_they_stopped(ti
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     launch(overrides(tiny_llama, reward, two, *SETTINGS, TWO, "grpo.max_num_steps=2"))
     assert len(records(two)) == 2
+    shards = sorted(path.name for path in (two / "step_2" / "policy" / "weights").glob("*.distcp"))
+    assert [name.split("_")[2] for name in shards] == ["0", "1"]  # each rank wrote its own
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     assert all("multiprocessing" in " ".join(child.cmdline()) for child in left), left
     assert launch(overrides(tiny_llama, reward, two, *SETTINGS)).step == 3
@@ -60,6 +64,17 @@ def test_the_second_step_is_sampled_with_what_two_ranks_have_learnt(
     launch(overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *SHORT, TWO, spread))
     for found, known in zip(records(tmp_path / "run"), alone, strict=True):
         assert [found[name] for name in SAME] == pytest.approx([known[name] for name in SAME], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_a_critic_is_spread_like_the_policy(kind: str, tmp_path: Path) -> None:
+    model, reward = make_letters_model(tmp_path / "letters"), reward_file(tmp_path)
+    settings = (f"value.kind={kind}", "ppo.max_num_steps=2", "checkpointing.enabled=false")
+    for name, more in (("one", ()), ("two", (TWO,))):
+        tiny_ppo.launch(tiny_ppo.ppo_overrides(model, reward, tmp_path / name, *settings, *more))
+    for found, known in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
+        for figure in ("train/loss", "train/value_loss", "train/reward/mean", "train/grad_norm", "train/returns/mean"):
+            assert found[figure] == pytest.approx(known[figure], rel=1e-4, abs=1e-6), figure
 
 
 def test_ranks_under_ray_do_what_one_process_does(
