@@ -195,17 +195,18 @@ def _weight_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> d
     stored = _number_sizes(model, config)[0]
     if not isinstance(model, TrainedPolicyConfig):
         return {"weights": stored * shape.parameters}
-    parts, adapters = _weight_parts(model, config), _adapter_parameters(model, shape)
-    trained = (adapters or shape.parameters) // parts
+    adapters = _adapter_parameters(model, shape)
+    trained = adapters or shape.parameters
     compressed = shape.linear_parameters * _BITS[model.dtensor_cfg.lora_cfg.quantize] // 8
     plain = shape.parameters - (shape.linear_parameters if compressed else 0)
-    return {
-        "weights": (stored * plain + compressed) // parts,
-        "adapters": _FLOAT32 * adapters // parts,
+    parts = {
+        "weights": stored * plain + compressed,
+        "adapters": _FLOAT32 * adapters,
         "master weights": _FLOAT32 * trained if stored < _FLOAT32 and not adapters else 0,
         "gradients": _FLOAT32 * trained,
         "optimizer moments": _FLOAT32 * _moments(model.optimizer) * trained,
     }
+    return {name: count // _weight_parts(model, config) for name, count in parts.items()}
 
 
 _BITS = {"none": 0, "nf4": 4, "int8": 8}

@@ -174,3 +174,11 @@ def test_ppo_learns_with_adapters_on_policy_and_critic(kind: str, letters: Path,
         saved = saved_tensors(tmp_path / "run", len(lines), part=part)
         heads = {name for name in saved if name.startswith("weights/") and ".lora_" not in name}
         assert len(heads) == (part == "value" or kind == "shared")
+
+
+def test_two_ranks_sample_with_the_adapters_that_they_share(letters: Path, tmp_path: Path) -> None:
+    grpo(letters, tmp_path / "run", 4, "cluster.ranks_per_node=2", "grpo.num_prompts_per_step=4")
+    lines = records(tmp_path / "run")
+    assert all((line["train/token_mult_prob_error"] or 0) < 1.0001 for line in lines)
+    assert abs(lines[0]["train/reference_kl"] or 0.0) < 1e-6 < 1e-3 < (lines[-1]["train/reference_kl"] or 0.0)
+    assert len(saved_tensors(tmp_path / "run", 4)) == 14 * (1 + 3)

@@ -1,12 +1,17 @@
 """The section `lora_cfg`: what its patterns mean, and what cannot be."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from nemo_rl.config.load import load_config
+from nemo_rl.config.migrate import migrate
 from nemo_rl.config.schema.lora import LoRAConfig
 from nemo_rl.config.schema.registry import RUNS
 from nemo_rl.errors import ConfigError
 
+NEMO = Path(__file__).parent / "nemo" / "grpo_v03.yaml"
 LORA = "policy.dtensor_cfg.lora_cfg"
 
 
@@ -58,3 +63,27 @@ def test_settings_that_cannot_work_are_refused(command: str, settings: list[str]
 def test_dropout_is_for_runs_that_compare_nothing(command: str, more: list[str]) -> None:
     config = load_config(None, [f"{LORA}={{enabled: true, dropout: 0.1}}", *more], RUNS[command]).config
     assert config.policy.dtensor_cfg.lora_cfg.dropout == 0.1
+
+
+def test_adapters_are_translated(tmp_path: Path) -> None:
+    lora = (
+        "{enabled: true, target_modules: [], exclude_modules: [], match_all_linear: true, dim: 128, alpha: 64,"
+        " dropout: 0.0, dropout_position: post, lora_A_init: xavier, use_triton: true}"
+    )
+    path = tmp_path / "lora.yaml"
+    path.write_text(f"defaults: {NEMO}\npolicy:\n  dtensor_cfg:\n    lora_cfg: {lora}\n")
+    text, notes = migrate(path)
+    clean, noted = yaml.safe_load(text), [note.split(" ")[0] for note in notes]
+    assert clean["policy"]["dtensor_cfg"]["lora_cfg"] == {
+        "enabled": True,
+        "target_modules": [],
+        "exclude_modules": [],
+        "match_all_linear": True,
+        "dim": 128,
+        "alpha": 64,
+        "dropout": 0.0,
+        "dropout_position": "post",
+        "lora_A_init": "xavier",
+    }
+    names = [name for name in noted if "lora_cfg" in name]
+    assert names == ["policy.dtensor_cfg.lora_cfg.match_all_linear", "policy.dtensor_cfg.lora_cfg.use_triton"]
