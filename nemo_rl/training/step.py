@@ -23,6 +23,14 @@ from nemo_rl.objectives.distillation import DistributionOutputs
 from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenOutputs, select_hidden
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.objectives.value import ScalarOutputs
+from nemo_rl.training.pytorch.routing import (
+    Balance,
+    balance_loss,
+    expert_counts,
+    record_routing,
+    routing_metrics,
+    update_biases,
+)
 
 type Outputs = TokenOutputs | DistributionOutputs | ScalarOutputs
 
@@ -123,7 +131,13 @@ class Scorer:
 
 
 def train_step(
-    scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int, update: Callable[[], Metrics]
+    scorer: Scorer,
+    batch: TokenBatch,
+    objective: Objective,
+    *,
+    max_tokens: int,
+    update: Callable[[], Metrics],
+    balance: Balance | None = None,
 ) -> Metrics:
     """Add up the gradients of all micro-batches, then call `update` (clip, step, schedule) once.
 
@@ -133,17 +147,20 @@ def train_step(
         objective: gives every loss token's loss.
         max_tokens: budget of a micro-batch in computed tokens.
         update: applies the accumulated gradients and returns its own metrics.
+        balance: how the experts of a mixture are kept equally busy, or None.
 
     Returns:
-        The objective's metrics, `update`'s, `loss`, and the tokens given, with loss and computed.
+        The objective's metrics, `update`'s, `loss`, and the tokens given, with loss and computed; of a mixture of
+        experts those of `routing_metrics`, and `balance_loss` before its coefficient.
 
     Raises:
         DataError: no token of the batch carries loss.
-        BackendError: the loss is not finite; no weight has changed then.
+        BackendError: the loss is not finite, or there is no routing to balance; no weight has changed then.
     """
+    counts = None if balance is None else balance.total(_count_experts(scorer, batch, objective, max_tokens))
     parts: list[Metrics] = []
     for micro_batch in scorer.cut(batch, max_tokens):
-        loss, metrics = _loss(scorer, micro_batch, objective)
+        loss, metrics = _loss(scorer, micro_batch, objective, balance, counts)
         if not math.isfinite(metrics["loss"].value):
             raise BackendError(
                 f"the loss is {metrics['loss'].value}; lower the learning rate or look at the rollouts of this step"
@@ -152,7 +169,10 @@ def train_step(
         parts.append(metrics)
     if not parts:
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
-    return merge([*parts, update(), {"tokens": Sum(batch.num_tokens), "largest_micro_batch": _largest(parts)}])
+    updated = update()
+    if balance is not None and counts is not None and balance.bias_rate:
+        update_biases(scorer.model.module, counts, balance.bias_rate)
+    return merge([*parts, updated, {"tokens": Sum(batch.num_tokens), "largest_micro_batch": _largest(parts)}])
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
@@ -161,9 +181,33 @@ def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, ma
         return merge(_loss(scorer, micro_batch, objective)[1] for micro_batch in scorer.cut(batch, max_tokens))
 
 
-def _loss(scorer: Scorer, micro_batch: TokenBatch, objective: Objective) -> tuple[Tensor, Metrics]:
+def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_tokens: int) -> Tensor:
+    """How often the batch's predictions choose each expert of each layer: int64 [layers, E]."""
+    parts: list[Tensor] = []
+    for micro_batch in scorer.cut(batch, max_tokens):
+        with torch.no_grad(), record_routing(scorer.model.module) as routings:
+            _, stream = scorer.score(micro_batch, objective.reads, with_entropy=False)
+        if not (routings and scorer.model.takes_plans):
+            raise BackendError(
+                f"{type(scorer.model.module).__name__} has no routers to be balanced on packed tokens; turn the balance"
+                " of experts off"
+            )
+        parts.append(expert_counts(routings, stream.predictor))
+    if not parts:
+        raise DataError("no token of the batch carries loss; drop such a batch before training on it")
+    return torch.stack(parts).sum(0)
+
+
+def _loss(
+    scorer: Scorer,
+    micro_batch: TokenBatch,
+    objective: Objective,
+    balance: Balance | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch, a part of that of the batch, and its metrics."""
-    outputs, stream = scorer.score(micro_batch, objective.reads)
+    with record_routing(scorer.model.module) as routings:
+        outputs, stream = scorer.score(micro_batch, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
     token_loss, metrics = objective(outputs, tokens)
     loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
@@ -173,6 +217,12 @@ def _loss(scorer: Scorer, micro_batch: TokenBatch, objective: Objective) -> tupl
         "loss_tokens": Sum(len(stream.target)),
         "micro_batches": Sum(1),
     }
+    if scorer.model.takes_plans:  # routers see padding otherwise
+        counted |= routing_metrics(routings)
+    if balance is not None and counts is not None:
+        uneven = balance_loss(routings, stream.predictor, counts)
+        counted["balance_loss"] = Sum(uneven.item())
+        loss = loss + balance.coefficient * uneven
     return loss, metrics | counted
 
 

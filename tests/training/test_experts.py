@@ -1,0 +1,112 @@
+"""Divided experts give the numbers of undivided ones: values, and every gradient summed over the ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_rl.data.packing import build_stream
+from nemo_rl.models.attention import TreeAttention
+from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.training.pytorch.experts import expert_modules, gather_expert, shard_experts
+from ranks import run_ranks
+from tiny_experts import MIXTURES, assert_close, gradients, rank_batch, weighted
+from tiny_models import tiny_model
+from tiny_streams import plain_logprobs, stream_logprobs
+
+
+def run_rank(rank: int, family: str) -> dict[str, Any]:
+    model = CausalLM.wrap(tiny_model(family))
+    full = {name: parameter.detach().clone() for name, parameter in model.module.named_parameters()}
+    sharded = shard_experts(model.module, dist.group.WORLD)
+    stream = build_stream(rank_batch(rank), min_shared=4)
+    logprobs = stream_logprobs(model, stream, TreeAttention(stream.tree))
+    weighted(logprobs, rank).backward()
+    for name in sharded:
+        part = model.module.get_parameter(name)
+        assert len(part) == 8 // dist.get_world_size()
+        assert torch.equal(gather_expert(part.detach(), dist.group.WORLD), full[name])
+    return {"sharded": sharded, "logprobs": logprobs.detach(), "gradients": gradients(model.module)}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_ranks_with_unlike_tokens_equal_one_process(family: str, size: int) -> None:
+    plain = tiny_model(family)
+    plain.set_attn_implementation("eager")
+    plain.set_experts_implementation("eager")
+    expected = [plain_logprobs(plain, rank_batch(rank)) for rank in range(size)]
+    torch.stack([weighted(logprobs, rank) for rank, logprobs in enumerate(expected)]).sum().backward()
+    ranks = run_ranks(run_rank, size, family)
+    sharded = ranks[0]["sharded"]
+    assert {name.rsplit(".", 1)[1] for name in sharded} >= {"gate_up_proj", "down_proj"}
+    for rank, result in enumerate(ranks):
+        assert_close(result["logprobs"], expected[rank].detach(), f"log-probabilities of rank {rank}")
+    for name, gradient in gradients(plain).items():
+        parts = [result["gradients"][name] for result in ranks]
+        # experts: each rank's slice is complete; all others: ranks have seen a part of the tokens each
+        assert_close(torch.cat(parts) if name in sharded else torch.stack(parts).sum(0), gradient, name, 3e-5)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_one_process_with_grouped_products_equals_transformers(family: str) -> None:
+    plain, ours = tiny_model(family), tiny_model(family)
+    plain.set_experts_implementation("eager")
+    assert shard_experts(ours)
+    tokens = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    logits = [model(tokens).logits for model in (plain, ours)]
+    assert_close(logits[1].detach(), logits[0].detach(), "logits")
+    for found in logits:
+        found.square().sum().backward()
+    for name, gradient in gradients(plain).items():
+        assert_close(ours.get_parameter(name).grad, gradient, name)
+
+
+def routed(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank 0: 5 tokens, rank 1: 3, rank 2: none. Experts 4 to 7, hence ranks 2 and 3, are asked by nobody."""
+    index = [[[0, 1], [0, 3], [1, 0], [0, 2], [0, 1]], [[0, 1], [1, 0], [3, 0]], [], [[1, 0]]][rank]
+    generator = torch.Generator().manual_seed(rank)
+    chosen = torch.tensor(index, dtype=torch.long).view(-1, 2)
+    return torch.randn(len(index), 32, generator=generator), chosen, torch.rand(len(index), 2, generator=generator)
+
+
+def run_uneven_rank(rank: int, family: str) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    model = tiny_model(family)
+    shard_experts(model, dist.group.WORLD)
+    experts = list(expert_modules(model))[-1][1]
+    states, index, weights = routed(rank)
+    inputs = [states.requires_grad_(), weights.requires_grad_()]
+    output = experts(states, index, weights)
+    output.square().sum().backward()
+    return output.detach(), [tensor.grad for tensor in inputs], gradients(experts)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_ranks_that_have_no_token_or_get_none_take_part(family: str) -> None:
+    plain = tiny_model(family)
+    plain.set_experts_implementation("eager")
+    experts = list(expert_modules(plain))[-1][1]
+    states, index, weights = (torch.cat(parts) for parts in zip(*(routed(rank) for rank in range(4)), strict=True))
+    inputs = [states.requires_grad_(), weights.requires_grad_()]
+    expected = experts(states, index, weights)
+    expected.square().sum().backward()
+    ranks = run_ranks(run_uneven_rank, 4, family)
+    assert_close(torch.cat([output for output, _, _ in ranks]), expected.detach(), "output")
+    for number, tensor in enumerate(inputs):
+        assert_close(torch.cat([found[number] for _, found, _ in ranks]), tensor.grad, f"gradient of input {number}")
+    for name, gradient in gradients(experts).items():
+        assert_close(torch.cat([found[name] for _, _, found in ranks]), gradient, name)
+        assert all(not found[name].any() for _, _, found in ranks[2:]), name  # zeros, not None
+
+
+def test_experts_that_cannot_be_divided_are_refused() -> None:
+    assert shard_experts(tiny_model("llama")) == ()
+    with pytest.raises(AssertionError, match="8 experts of MixtralExperts cannot be divided among 3 ranks"):
+        run_ranks(refuse, 3)
+
+
+def refuse(rank: int) -> None:
+    del rank
+    shard_experts(tiny_model("mixtral"), dist.group.WORLD)
