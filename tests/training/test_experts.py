@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_rl.data.packing import build_stream
 from nemo_rl.models.attention import TreeAttention
 from nemo_rl.models.causal_lm import CausalLM
-from nemo_rl.training.pytorch.experts import expert_modules, gather_expert, shard_experts
+from nemo_rl.training.pytorch.experts import exchange, expert_modules, gather_expert, grouped_product, shard_experts
 from ranks import run_ranks
 from tiny_experts import MIXTURES, assert_close, gradients, rank_batch, weighted
 from tiny_models import tiny_model
@@ -110,3 +110,57 @@ def test_experts_that_cannot_be_divided_are_refused() -> None:
 def refuse(rank: int) -> None:
     del rank
     shard_experts(tiny_model("mixtral"), dist.group.WORLD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs_first", [True, False])
+@pytest.mark.parametrize("sizes", [(16, 24), (5, 7)])  # a kernel knows the first, a loop runs for the second
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 7, 0, 0], [0, 0, 0, 0]])
+def test_grouped_products_equal_a_loop(
+    counts: list[int], sizes: tuple[int, int], inputs_first: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(counts), sizes[0], generator=generator).to(dtype).requires_grad_()
+    shape = sizes if inputs_first else sizes[::-1]
+    weight = torch.randn(4, *shape, generator=generator).to(dtype).requires_grad_()
+    output = grouped_product(rows, weight, counts, inputs_first=inputs_first)
+    # a gradient whose rows do not lie one after the other
+    direction = torch.randn(sizes[1], sum(counts), generator=generator).to(dtype).t()
+    found = torch.autograd.grad(output, (rows, weight), direction)
+    exact_rows, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (rows, weight))
+    matrices = exact_weight if inputs_first else exact_weight.transpose(1, 2)
+    exact = torch.cat([part @ matrix for part, matrix in zip(exact_rows.split(counts), matrices, strict=True)])
+    expected = torch.autograd.grad(exact, (exact_rows, exact_weight), direction.double())
+    for got, want in ((output, exact), *zip(found, expected, strict=True)):
+        assert got.dtype == dtype
+        assert_close(got.detach().double(), want.detach(), "product", 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def run_exchange(rank: int) -> tuple[Tensor, Tensor]:
+    rows = (10.0 * rank + torch.arange(3.0))[:, None].requires_grad_()
+    sent, received = ([1, 2], [1, 0]) if rank == 0 else ([0, 3], [2, 3])
+    output = exchange(rows, sent, received, dist.group.WORLD)
+    (output * (1 + rank)).sum().backward()
+    return output.detach()[:, 0], rows.grad[:, 0]
+
+
+def test_rows_go_where_they_are_sent_and_gradients_come_back() -> None:
+    (to_first, back_to_first), (to_second, back_to_second) = run_ranks(run_exchange, 2)
+    assert to_first.tolist() == [0]
+    assert to_second.tolist() == [1, 2, 10, 11, 12]
+    assert back_to_first.tolist() == [1, 2, 2]
+    assert back_to_second.tolist() == [2, 2, 2]
+
+
+def test_autocast_reaches_the_experts() -> None:
+    plain, ours = tiny_model("mixtral"), tiny_model("mixtral")
+    shard_experts(ours)
+    tokens = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(0))
+    dtypes: list[torch.dtype] = []
+    act = next(iter(expert_modules(ours)))[1].act_fn
+    act.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = ours(tokens).logits
+    assert set(dtypes) == {torch.bfloat16}
+    exact = plain(tokens).logits.detach()
+    assert (low.float() - exact).norm() < 0.1 * exact.norm()

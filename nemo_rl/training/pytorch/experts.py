@@ -10,6 +10,7 @@ ranks of a group run equally many forward and backward passes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -132,8 +133,7 @@ def expert_rows(module: nn.Module, rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def _linear(module: nn.Module, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    weight = module.get_parameter(name)
-    output = grouped_product(rows, weight if module.is_transposed else weight.transpose(1, 2), counts)
+    output = grouped_product(rows, module.get_parameter(name), counts, inputs_first=module.is_transposed)
     if not module.has_bias:
         return output
     bias = module.get_parameter(f"{name}_bias")
@@ -141,33 +141,54 @@ def _linear(module: nn.Module, name: str, rows: Tensor, counts: list[int]) -> Te
     return output + bias.repeat_interleave(repeats, 0, output_size=len(rows)).to(output.dtype)
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """Multiply each group of rows by its own matrix: [P, K], [L, K, N], L lengths that sum to P -> [P, N].
+def grouped_product(rows: Tensor, weight: Tensor, counts: list[int], *, inputs_first: bool) -> Tensor:
+    """Multiply each group of rows by its own matrix: [P, I], L lengths that sum to P -> [P, O].
 
-    In the dtype of autocast where it is on. One kernel does it on a GPU, where it needs rows of whole 16 bytes.
+    In the dtype of autocast where it is on, and in one kernel where there is one for the dtype and the sizes.
+
+    Args:
+        rows: [P, I], group after group.
+        weight: [L, I, O] if `inputs_first`, else [L, O, I].
+        counts: the lengths; a group of 0 rows gives its matrix a zero gradient.
+        inputs_first: how `weight` is stored.
     """
-    dtype = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else weight.dtype
+    device = rows.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     rows, weight = rows.to(dtype), weight.to(dtype)
     is_aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    if not (rows.is_cuda and is_aligned and len(rows)):
-        parts = zip(rows.split(counts), weight.unbind(), strict=True)
-        return torch.cat([group @ matrix for group, matrix in parts])
-    ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
-    return _WholeGradient.apply(F.grouped_mm(rows, weight, offs=ends))
+    if is_aligned and len(rows) and (device == "cpu" or dtype == torch.bfloat16):
+        return _GroupedProduct.apply(rows, weight, counts, inputs_first)
+    matrices = (weight if inputs_first else weight.transpose(1, 2)).unbind()
+    return torch.cat([group @ matrix for group, matrix in zip(rows.split(counts), matrices, strict=True)])
 
 
-class _WholeGradient(torch.autograd.Function):
-    """Nothing but a contiguous gradient, which `grouped_mm` needs and autograd does not promise."""
+class _GroupedProduct(torch.autograd.Function):
+    """`grouped_mm` with a backward pass of its own.
 
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        del ctx
-        return x.view_as(x)
+    That of PyTorch 2.13 needs a contiguous gradient, and on some GPUs it leaves arbitrary numbers in the gradients of
+    matrices without rows (https://github.com/pytorch/pytorch/issues/172439).
+    """
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        del ctx
-        return gradient.contiguous()
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int], inputs_first: bool) -> Tensor:
+        ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
+        ctx.save_for_backward(rows, weight, ends)
+        ctx.empty = [group for group, count in enumerate(counts) if not count]
+        ctx.inputs_first = inputs_first
+        return F.grouped_mm(rows, weight if inputs_first else weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weight, ends = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_rows = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_rows = F.grouped_mm(gradient, weight.transpose(1, 2) if ctx.inputs_first else weight, offs=ends)
+        if ctx.needs_input_grad[1]:
+            left, right = (rows, gradient) if ctx.inputs_first else (gradient, rows)
+            of_weight = F.grouped_mm(left.t(), right, offs=ends)
+            of_weight[ctx.empty] = 0
+        return of_rows, of_weight, None, None
 
 
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
@@ -180,18 +201,12 @@ def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessG
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        rows: Tensor,
-        sent: list[int],
-        received: list[int],
-        group: ProcessGroup,
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
         ctx.way_back = received, sent, group
         return _all_to_all(rows, sent, received, group)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return _all_to_all(gradient, *ctx.way_back), None, None, None
 
 
