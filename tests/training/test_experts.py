@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from nemo_rl.data.packing import build_stream
 from nemo_rl.models.attention import TreeAttention
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.training.pytorch.experts import exchange, expert_modules, gather_expert, grouped_product, shard_experts
+from nemo_rl.training.pytorch.routing import use_float32_routers
 from ranks import run_ranks
 from tiny_experts import MIXTURES, assert_close, gradients, rank_batch, weighted
 from tiny_models import tiny_model
@@ -164,3 +167,45 @@ def test_autocast_reaches_the_experts() -> None:
     assert set(dtypes) == {torch.bfloat16}
     exact = plain(tokens).logits.detach()
     assert (low.float() - exact).norm() < 0.1 * exact.norm()
+
+
+def rank_tokens(rank: int) -> Tensor:
+    return torch.randint(3, 128, (1, 20 - 3 * rank), generator=torch.Generator().manual_seed(rank))
+
+
+def rank_loss(model: nn.Module, rank: int) -> Tensor:
+    logits = model(rank_tokens(rank), use_cache=False).logits
+    return (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(100 + rank))).sum()
+
+
+def run_fully_sharded_rank(rank: int) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "expert"))
+    everyone = init_device_mesh("cpu", (4,))
+    model = tiny_model("qwen3_moe")
+    group = mesh["expert"].get_group()
+    sharded = shard_experts(model, group)
+    use_float32_routers(model)
+    experts = [module for _, module in expert_modules(model)]
+    for module in experts:
+        fully_shard(module, mesh=mesh["shard"])
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=everyone)
+    fully_shard(model, mesh=everyone)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    rank_loss(model, rank).backward()
+    found = {name: gradient.full_tensor() for name, gradient in gradients(model).items()}
+    for name in sharded:
+        assert len(model.get_parameter(name).to_local()) == 2  # of 8 experts
+        found[name] = gather_expert(found[name], group)
+    return found
+
+
+def test_divided_experts_can_be_fully_sharded_along_the_other_ranks() -> None:
+    plain = tiny_model("qwen3_moe")
+    torch.stack([rank_loss(plain, rank) for rank in range(4)]).sum().backward()
+    for found in run_ranks(run_fully_sharded_rank, 4):
+        for name, gradient in gradients(plain).items():
+            assert_close(found[name], gradient, name, 3e-5)
