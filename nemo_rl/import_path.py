@@ -20,6 +20,24 @@ def load_callable(path: str, kind: str) -> Callable[..., Any]:
     Raises:
         ConfigError: the path has another form, importing it raises, or there is no such callable.
     """
+    found = _find(path, kind)
+    if not callable(found):
+        place, _, name = path.rpartition(":")
+        raise ConfigError(f"{kind} {path!r} does not exist: {place} defines no function {name!r}")
+    return found
+
+
+def load_object(path: str, kind: str) -> Any:
+    """Import whatever such a path names; arguments and errors are those of `load_callable`."""
+    found = _find(path, kind)
+    if found is None:
+        place, _, name = path.rpartition(":")
+        raise ConfigError(f"{kind} {path!r} does not exist: {place} defines no {name!r}")
+    return found
+
+
+def _find(path: str, kind: str) -> Any:
+    """The object at a path, None if its module has no such name."""
     place, _, name = path.rpartition(":")
     if not (place and name.isidentifier()):
         raise ConfigError(f"{kind} {path!r} must be `package.module:name` or `path/to/file.py:name`")
@@ -27,10 +45,7 @@ def load_callable(path: str, kind: str) -> Callable[..., Any]:
         module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{kind} {path!r} cannot be imported: {type(error).__name__}: {error}") from error
-    found = vars(module).get(name)
-    if not callable(found):
-        raise ConfigError(f"{kind} {path!r} does not exist: {place} defines no function {name!r}")
-    return found
+    return vars(module).get(name)
 
 
 def _module_from_file(file: Path) -> ModuleType:

@@ -1,18 +1,45 @@
 """`StreamModel`: the trunk of a Transformers model that runs on streams, whatever head stands on it."""
 
 import logging
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nemo_rl.data.packing import Stream
+from nemo_rl.data.padding import pad_stream
 from nemo_rl.models.attention import AttentionPlan, TreeAttention, use_plans
 from nemo_rl.models.rows import run_rows
 
 _log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Runs what reads a model's weights, wherever these are.
+
+    Attributes:
+        multiple: the tokens of a stream must be a multiple of it.
+    """
+
+    @property
+    def multiple(self) -> int: ...
+    def run[T](self, function: Callable[[], T]) -> T:
+        """Call a function within which the weights can be read, and from whose result gradients flow to them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class InProcess:
+    """Runs a model whose weights are all here."""
+
+    multiple: int = 1
+
+    def run[T](self, function: Callable[[], T]) -> T:
+        """Call it."""
+        return function()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +50,13 @@ class StreamModel:
         module: the whole Transformers model.
         takes_plans: its attention is replaced by attention plans; if not, every sequence is a padded row of its own.
         trunk: the model without its head.
+        runner: calls whatever reads the weights.
     """
 
     module: PreTrainedModel
     takes_plans: bool
     trunk: nn.Module
+    runner: Runner = field(default_factory=InProcess, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -39,8 +68,9 @@ class StreamModel:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def stream_hidden(self, stream: Stream) -> Tensor:
-        """Run the trunk over a micro-batch: last hidden states [S, H]."""
+        """Run the trunk over a micro-batch: last hidden states [S, H], S rounded up."""
         device = self.device
+        stream = pad_stream(stream, self.runner.multiple)
         input_ids = stream.input_ids.to(device)
         if not self.takes_plans:
             return run_rows(self.trunk, input_ids, stream.tree)

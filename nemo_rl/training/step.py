@@ -7,6 +7,7 @@ is cut into micro-batches changes nothing but the memory it takes.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -108,7 +109,7 @@ class Scorer:
         # equal answers ask for the same predictions: each goes through the head once
         pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
         predictor, target = pairs.to(self.device)
-        logprobs, entropy = head(hidden, model.head.weight, predictor, target, bias=model.head.bias)
+        logprobs, entropy = head(hidden, _full(model.head.weight), predictor, target, bias=model.head.bias)
         place = place.to(self.device)
         critic = model.value_head if with_entropy else None
         values = None if critic is None else scalar_values(critic, self._rows(hidden, stream))
@@ -186,7 +187,8 @@ def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_
     parts: list[Tensor] = []
     for micro_batch in scorer.cut(batch, max_tokens):
         with torch.no_grad(), record_routing(scorer.model.module) as routings:
-            _, stream = scorer.score(micro_batch, objective.reads, with_entropy=False)
+            score = partial(scorer.score, micro_batch, objective.reads, with_entropy=False)
+            _, stream = scorer.model.runner.run(score)
         if not (routings and scorer.model.takes_plans):
             raise BackendError(
                 f"{type(scorer.model.module).__name__} has no routers to be balanced on packed tokens; turn the balance"
@@ -206,6 +208,12 @@ def _loss(
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch, a part of that of the batch, and its metrics."""
+    return scorer.model.runner.run(lambda: _score_loss(scorer, micro_batch, objective, balance, counts))
+
+
+def _score_loss(
+    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, balance: Balance | None, counts: Tensor | None
+) -> tuple[Tensor, Metrics]:
     with record_routing(scorer.model.module) as routings:
         outputs, stream = scorer.score(micro_batch, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
@@ -253,5 +261,9 @@ def read_tokens(
     numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
     for micro_batch in scorer.cut(numbered, max_tokens):
         with torch.no_grad():  # not around the yield, where it would hold for the caller too
-            outputs, stream = scorer.score(micro_batch, reads, with_entropy=False)
+            outputs, stream = scorer.model.runner.run(partial(scorer.score, micro_batch, reads, with_entropy=False))
         yield outputs, micro_batch.token_columns["position"][stream.token_index]
+
+
+def _full(w):
+    return w.full_tensor() if hasattr(w, "full_tensor") else w

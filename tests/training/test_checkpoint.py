@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from nemo_rl.errors import BackendError, CheckpointError
 from nemo_rl.models.load import load_tokenizer, model_identity
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
-from nemo_rl.training.pytorch.optim import MasterWeights, build_optimizer, build_scheduler, clip_grad_norm
+from nemo_rl.training.pytorch.optim import MasterWeights, build_optimizer, build_scheduler
+from nemo_rl.training.pytorch.shards import clip_grad_norm
 from tiny_models import embedded_folder, tiny_model
 
 CHAIN = (

@@ -10,10 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from nemo_rl.data.packing import build_stream
+from nemo_rl.errors import ConfigError
 from nemo_rl.models.attention import TreeAttention
 from nemo_rl.models.causal_lm import CausalLM
-from nemo_rl.training.pytorch.experts import exchange, expert_modules, gather_expert, grouped_product, shard_experts
+from nemo_rl.training.pytorch.experts import exchange, expert_modules, grouped_product, shard_experts
 from nemo_rl.training.pytorch.routing import use_float32_routers
+from nemo_rl.training.pytorch.shards import local_part, whole
 from ranks import run_ranks
 from tiny_experts import MIXTURES, assert_close, gradients, rank_batch, weighted
 from tiny_models import tiny_model
@@ -23,15 +25,17 @@ from tiny_streams import plain_logprobs, stream_logprobs
 def run_rank(rank: int, family: str) -> dict[str, Any]:
     model = CausalLM.wrap(tiny_model(family))
     full = {name: parameter.detach().clone() for name, parameter in model.module.named_parameters()}
-    sharded = shard_experts(model.module, dist.group.WORLD)
+    size = dist.get_world_size()
+    sharded = shard_experts(model.module, init_device_mesh("cpu", (size,)))
     stream = build_stream(rank_batch(rank), min_shared=4)
     logprobs = stream_logprobs(model, stream, TreeAttention(stream.tree))
     weighted(logprobs, rank).backward()
     for name in sharded:
-        part = model.module.get_parameter(name)
-        assert len(part) == 8 // dist.get_world_size()
-        assert torch.equal(gather_expert(part.detach(), dist.group.WORLD), full[name])
-    return {"sharded": sharded, "logprobs": logprobs.detach(), "gradients": gradients(model.module)}
+        parameter = model.module.get_parameter(name)
+        assert len(parameter.to_local()) == 8 // size
+        assert torch.equal(whole(parameter), full[name])
+    found = {name: local_part(gradient) for name, gradient in gradients(model.module).items()}
+    return {"sharded": sharded, "logprobs": logprobs.detach(), "gradients": found}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -77,13 +81,14 @@ def routed(rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def run_uneven_rank(rank: int, family: str) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     model = tiny_model(family)
-    shard_experts(model, dist.group.WORLD)
+    shard_experts(model, init_device_mesh("cpu", (4,)))
     experts = list(expert_modules(model))[-1][1]
     states, index, weights = routed(rank)
     inputs = [states.requires_grad_(), weights.requires_grad_()]
     output = experts(states, index, weights)
     output.square().sum().backward()
-    return output.detach(), [tensor.grad for tensor in inputs], gradients(experts)
+    found = {name: local_part(gradient) for name, gradient in gradients(experts).items()}
+    return output.detach(), [tensor.grad for tensor in inputs], found
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -106,13 +111,13 @@ def test_ranks_that_have_no_token_or_get_none_take_part(family: str) -> None:
 
 def test_experts_that_cannot_be_divided_are_refused() -> None:
     assert shard_experts(tiny_model("llama")) == ()
-    with pytest.raises(AssertionError, match="8 experts of MixtralExperts cannot be divided among 3 ranks"):
-        run_ranks(refuse, 3)
+    run_ranks(refuse, 3)
 
 
 def refuse(rank: int) -> None:
     del rank
-    shard_experts(tiny_model("mixtral"), dist.group.WORLD)
+    with pytest.raises(ConfigError, match="8 experts of MixtralExperts cannot be divided among 3 ranks"):
+        shard_experts(tiny_model("mixtral"), init_device_mesh("cpu", (3,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,8 +187,7 @@ def run_fully_sharded_rank(rank: int) -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "expert"))
     everyone = init_device_mesh("cpu", (4,))
     model = tiny_model("qwen3_moe")
-    group = mesh["expert"].get_group()
-    sharded = shard_experts(model, group)
+    sharded = shard_experts(model, mesh["expert"])
     use_float32_routers(model)
     experts = [module for _, module in expert_modules(model)]
     for module in experts:
@@ -196,11 +200,8 @@ def run_fully_sharded_rank(rank: int) -> dict[str, Tensor]:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     rank_loss(model, rank).backward()
-    found = {name: gradient.full_tensor() for name, gradient in gradients(model).items()}
-    for name in sharded:
-        assert len(model.get_parameter(name).to_local()) == 2  # of 8 experts
-        found[name] = gather_expert(found[name], group)
-    return found
+    assert all(len(model.get_parameter(name).to_local()) == 2 for name in sharded)  # of 8 experts
+    return {name: whole(gradient) for name, gradient in gradients(model).items()}
 
 
 def test_divided_experts_can_be_fully_sharded_along_the_other_ranks() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from nemo_rl.errors import ConfigError
-from nemo_rl.training.pytorch.optim import MasterWeights, build_optimizer, build_scheduler, clip_grad_norm
+from nemo_rl.training.pytorch.optim import MasterWeights, build_optimizer, build_scheduler
+from nemo_rl.training.pytorch.shards import clip_grad_norm
 from tiny_models import tiny_model
 
 LINEAR: dict[str, Any] = {

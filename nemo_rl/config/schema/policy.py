@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section, conflict
+from nemo_rl.config.schema.dtensor import DTensorConfig
 from nemo_rl.config.schema.generation import GenerationSpec
 
 
@@ -118,6 +119,9 @@ class TrainedPolicyConfig(ModelConfig):
 
     scheduler: Annotated[tuple[SchedulerLink, ...], Field(strict=False)] = ()
     """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
+
+    dtensor_cfg: DTensorConfig = DTensorConfig()
+    """How the model is spread over several ranks."""
 
     @model_validator(mode="after")
     def _chain_is_whole(self) -> Self:

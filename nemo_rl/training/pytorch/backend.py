@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.distributed.mesh import Mesh
 from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
@@ -24,7 +25,9 @@ from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
-from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler, clip_grad_norm
+from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
+from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.shards import clip_grad_norm, local_part, whole
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
 
@@ -59,11 +62,26 @@ type Head = Literal["language", "language_and_value", "scalar"]
 
 
 def _load(
-    config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase
+    config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None
 ) -> CausalLM | ScalarModel:
-    """Load a model without dropout, which has no place in a ratio of probabilities."""
-    device = choose_device(config.device)
-    dtype = precision_of(config.precision, device).weights
+    """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
+    device = choose_device(config.device) if mesh is None else mesh.device
+    precision = precision_of(config.precision, device)
+    if mesh is None:
+        return _load_whole(config, source, head, tokenizer, device, precision.weights)
+    model = _load_whole(config, source, head, tokenizer, device, torch.float32)  # sharded weights are their own masters
+    cast_to = None if precision.weights == torch.float32 else precision.weights
+    return parallelize(model, mesh, config.dtensor_cfg, cast_to)
+
+
+def _load_whole(
+    config: TrainedPolicyConfig,
+    source: str,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> CausalLM | ScalarModel:
     if head == "scalar":
         module, _ = load_scalar_model(
             source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
@@ -85,6 +103,7 @@ class PyTorchBackend:
         *,
         head: Head = "language",
         with_reference: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         """Load the model.
 
@@ -94,11 +113,13 @@ class PyTorchBackend:
             tokenizer: saved with every checkpoint and export.
             head: what stands on the trunk.
             with_reference: keep a frozen copy of the starting weights.
+            mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
-        self.model = _load(config, source, head, tokenizer)
+        self.model = _load(config, source, head, tokenizer, mesh)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
+        self._mesh = mesh
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
@@ -159,7 +180,7 @@ class PyTorchBackend:
 
     @contextmanager
     def reference(self) -> Generator[None]:
-        """Put the frozen starting weights in place of the current ones; no tensor is copied.
+        """Put the frozen starting weights in place of the current ones.
 
         Raises:
             BackendError: no reference was kept (the loss compares with none).
@@ -174,13 +195,19 @@ class PyTorchBackend:
 
     def _swap(self, other: list[Tensor]) -> None:
         for i, parameter in enumerate(self.model.module.parameters()):
-            parameter.data, other[i] = other[i], parameter.data
+            if self._mesh is None:
+                parameter.data, other[i] = other[i], parameter.data
+            else:  # FSDP knows the memory of a shard, so its content moves
+                local, kept = local_part(parameter.data), local_part(other[i])
+                now = local.clone()
+                local.copy_(kept)
+                kept.copy_(now)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the weights that the model computes with, by Hugging Face name, tied ones once."""
+        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks at once."""
         for name, parameter in self.model.module.named_parameters():
             if not name.startswith(VALUE_HEAD):
-                yield name, parameter.detach()
+                yield name, whole(parameter).to(self.precision.weights)
 
     def _state(self) -> TrainingState:
         identity = model_identity(self.model.module.config)

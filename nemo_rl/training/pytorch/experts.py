@@ -17,8 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from nemo_rl.errors import ModelError
+from nemo_rl.errors import ConfigError
+from nemo_rl.training.pytorch.shards import local_part
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -30,49 +33,45 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def shard_experts(model: nn.Module, group: ProcessGroup | None = None) -> tuple[str, ...]:
-    """Leave each rank of a group its part of the experts, and compute all experts by sorted, grouped products.
+def shard_experts(model: nn.Module, mesh: DeviceMesh | None = None) -> tuple[str, ...]:
+    """Leave each rank of a mesh its part of the experts, and compute all experts by sorted, grouped products.
 
-    Rank r of e ranks keeps the experts `[r*E/e, (r+1)*E/e)`. Call it once, with the same full weights on all ranks
-    (or on the meta device), before the parameters are given to an optimizer or sharded along other axes.
+    Rank r of e ranks keeps the experts `[r*E/e, (r+1)*E/e)`, as the local part of a `DTensor` that is sharded along the
+    experts. Call it with the same full weights on all ranks (or on the meta device), and before anything else is
+    sharded; `fully_shard` may divide the parts further along another axis of the same mesh.
 
     Args:
         model: any module that contains Transformers' experts; changed in place.
-        group: the ranks that share the experts; None or one rank keeps them all.
+        mesh: one axis, the ranks that share the experts; None or one rank keeps them all, as plain tensors.
 
     Returns:
-        Names of the parameters that hold `[E/e, ...]` now; none if the model is dense.
+        Names of the parameters of experts; none if the model is dense.
 
     Raises:
-        ModelError: the number of experts is not a multiple of that of the ranks.
+        ConfigError: the number of experts is not a multiple of that of the ranks.
     """
-    size, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
+    size = 1 if mesh is None else mesh.size()
     names: list[str] = []
     for name, module in expert_modules(model):
         stacked = dict(module.named_parameters(recurse=False))
         num_experts = len(stacked["down_proj"])
         if num_experts % size:
-            raise ModelError(
+            raise ConfigError(
                 f"{num_experts} experts of {type(module).__name__} cannot be divided among {size} ranks; choose an "
-                f"expert-parallel size that divides {num_experts}"
+                f"expert_parallel_size that divides {num_experts}"
             )
-        local = num_experts // size
-        for leaf, parameter in stacked.items():
-            part = parameter.detach()[rank * local : (rank + 1) * local].clone()
-            setattr(module, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
-            names.append(f"{name}.{leaf}")
+        if mesh is not None and size > 1:
+            for leaf, parameter in stacked.items():
+                setattr(module, leaf, _own_part(parameter, mesh))
+        names += [f"{name}.{leaf}" for leaf in stacked]
         # on the instance, so that the class and other models of it stay as they are
-        module.forward = _ShardedExperts(module, num_experts, group if size > 1 else None)
+        module.forward = _ShardedExperts(module, num_experts, None if mesh is None or size == 1 else mesh.get_group())
     return tuple(names)
 
 
-def gather_expert(part: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Put together one parameter that `shard_experts` divided: [E/e, ...] on each rank -> [E, ...] on all of them."""
-    if group is None:
-        return part
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts)
+def _own_part(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    part = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+    return nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)]), requires_grad=parameter.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +132,10 @@ def expert_rows(module: nn.Module, rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def _linear(module: nn.Module, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    output = grouped_product(rows, module.get_parameter(name), counts, inputs_first=module.is_transposed)
+    output = grouped_product(rows, local_part(module.get_parameter(name)), counts, inputs_first=module.is_transposed)
     if not module.has_bias:
         return output
-    bias = module.get_parameter(f"{name}_bias")
+    bias = local_part(module.get_parameter(f"{name}_bias"))
     repeats = torch.tensor(counts, device=rows.device)
     return output + bias.repeat_interleave(repeats, 0, output_size=len(rows)).to(output.dtype)
 

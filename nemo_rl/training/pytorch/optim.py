@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, SequentialLR
 
 from nemo_rl.errors import BackendError, ConfigError
+from nemo_rl.training.pytorch.shards import by_mesh, mesh_of
 
 _EXAMPLES: Mapping[type, str] = {
     Optimizer: "torch.optim.AdamW",
@@ -35,9 +35,17 @@ def build_optimizer(parameters: Iterable[nn.Parameter], name: str, kwargs: Mappi
     """
     kind = _import_class(name, Optimizer)
     arguments = dict(kwargs)
-    if "fused" in inspect.signature(kind).parameters and not {"fused", "foreach"} & arguments.keys():
+    groups = by_mesh(dict.fromkeys(parameters))  # a fused step takes tensors of one mesh
+    is_spread = any(mesh_of(group[0]) is not None for group in groups)
+    has_fused = "fused" in inspect.signature(kind).parameters and not (is_spread and kind not in _FUSED_WHEN_SPREAD)
+    if has_fused and not {"fused", "foreach"} & arguments.keys():
         arguments["fused"] = True
-    return _construct(kind, name, list(dict.fromkeys(parameters)), **arguments)
+    params = groups[0] if len(groups) == 1 else [{"params": group} for group in groups]
+    return _construct(kind, name, params, **arguments)
+
+
+_FUSED_WHEN_SPREAD = (torch.optim.Adam, torch.optim.AdamW)
+"""The optimizers whose fused step `DTensor` knows."""
 
 
 def build_scheduler(optimizer: Optimizer, chain: Sequence[Mapping[str, Any]] = ()) -> LRScheduler:
@@ -167,21 +175,3 @@ def _gradient_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
             master.grad.add_(gradient)
 
     return move
-
-
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-    """Scale the gradients down to a total 2-norm of `max_norm`, all by one factor.
-
-    Args:
-        parameters: those without a gradient are passed over, a tied one counts once.
-        max_norm: None only measures.
-
-    Returns:
-        The norm before scaling. If it is not finite the gradients are left as they are, for the caller to drop.
-    """
-    unique = list(dict.fromkeys(parameters))
-    norm = get_total_norm([parameter.grad for parameter in unique if parameter.grad is not None])
-    value = float(norm)
-    if max_norm is not None and max_norm < value < float("inf"):
-        clip_grads_with_norm_(unique, max_norm, norm)
-    return value

@@ -1,0 +1,95 @@
+"""One ordered function that spreads a model over a mesh, from outside of it, and how a spread model is run.
+
+Tensor parallelism first divides layers, then FSDP2 shards what is left of every layer over the ranks that have other
+data (Zhao et al. 2023, https://arxiv.org/abs/2304.11277). Gradients are summed over those ranks, never averaged: a loss
+is a part of that of the whole batch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from nemo_rl.config.schema.dtensor import DTensorConfig
+from nemo_rl.distributed.mesh import Mesh
+from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.scalar_model import ScalarModel
+from nemo_rl.training.pytorch.tensor_parallel import apply_tensor_parallel, tensor_plan
+
+
+@dataclass(frozen=True, slots=True)
+class FullySharded:
+    """How a model whose weights are sharded is run (see `nemo_rl.models.stream_model.Runner`).
+
+    Attributes:
+        root: the whole model.
+        multiple: the tokens of a stream must be a multiple of it.
+    """
+
+    root: FSDPModule
+    multiple: int = 1
+
+    def run[T](self, function: Callable[[], T]) -> T:
+        """Call a function with the weights outside of the layers gathered; without gradient, let go of them after."""
+        try:
+            return cast(Any, self.root).run(function)
+        finally:
+            if not torch.is_grad_enabled():
+                self.root.reshard()
+
+
+def parallelize[M: (CausalLM, ScalarModel)](
+    model: M, mesh: Mesh, config: DTensorConfig, param_dtype: torch.dtype | None
+) -> M:
+    """Spread a model over the ranks of a mesh, all of which call this with the same weights.
+
+    Args:
+        model: loaded whole, in the dtype that is trained.
+        mesh: the ranks.
+        config: section `policy.dtensor_cfg`.
+        param_dtype: what the weights are cast to where they are computed with; None is their own.
+
+    Returns:
+        The model to use from now on; its parameters are `DTensor`s.
+
+    Raises:
+        ConfigError: the model cannot be divided that way.
+    """
+    module = model.module
+    is_divided = mesh.sizes.tensor > 1
+    if is_divided:
+        plan = tensor_plan(module, config.custom_parallel_plan)
+        apply_tensor_parallel(
+            module, model.trunk, mesh.tensor, plan, sequence_parallel=config.sequence_parallel
+        )
+    root = _shard(model, mesh, param_dtype)
+    multiple = mesh.sizes.tensor if config.sequence_parallel else 1
+    return replace(model, runner=FullySharded(root, multiple))
+
+
+def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype | None) -> FSDPModule:
+    """Shard every layer on its own, and the rest of the model together, which stays gathered until the backward pass."""
+    reduce_dtype = None if param_dtype is None else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    settings: Mapping[str, Any] = {"mesh": mesh.weights, "mp_policy": policy}
+    for layer in cast(nn.ModuleList, model.trunk.layers):
+        fully_shard(layer, **settings)
+    module = model.module
+    module.run = MethodType(_call, module)  # pyright: ignore[reportAttributeAccessIssue]
+    root = fully_shard(module, **settings, reshard_after_forward=False)
+    register_fsdp_forward_method(module, "run")
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def _call(_: nn.Module, function: Callable[[], Any]) -> Any:
+    return function()
+
+

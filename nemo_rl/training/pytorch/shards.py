@@ -1,0 +1,68 @@
+"""Tensors that are spread over ranks: their local parts, their whole, and the norm of many of them."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds, with gradient; a tensor that is not spread is whole here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, without gradient; of one that is spread every rank of its mesh must ask."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The ranks that a tensor is spread over."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def by_mesh[T: Tensor](tensors: Iterable[T]) -> list[list[T]]:
+    """Put tensors that are spread over the same ranks together, in the order in which their meshes first appear."""
+    groups: dict[DeviceMesh | None, list[T]] = {}
+    for tensor in tensors:
+        groups.setdefault(mesh_of(tensor), []).append(tensor)
+    return list(groups.values())
+
+
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None,
+    combine: Callable[[Tensor], Tensor] | None = None,
+) -> float:
+    """Scale the gradients down to a total 2-norm of `max_norm`, all by one factor.
+
+    Args:
+        parameters: those without a gradient are passed over, a tied one counts once. They may be spread over unlike
+            meshes; each counts once, however many ranks hold it.
+        max_norm: None only measures.
+        combine: adds up the squared norms [] of ranks that hold different parameters (pipeline stages).
+
+    Returns:
+        The norm before scaling. If it is not finite the gradients are left as they are, for the caller to drop.
+    """
+    groups = by_mesh(dict.fromkeys(parameters))
+    norms = [norm for group in groups if (norm := _norm(group)) is not None]
+    square = torch.stack([norm.square() for norm in norms]).sum() if len(norms) > 1 or combine else None
+    if combine is not None and square is not None:
+        square = combine(square)
+    norm = norms[0] if square is None else square.sqrt()
+    value = float(norm)
+    if max_norm is not None and max_norm < value < float("inf"):
+        for group in groups:
+            clip_grads_with_norm_(group, max_norm, norm)
+    return value
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """2-norm [] of the gradients of parameters on one mesh; None if there are none."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return whole(get_total_norm(grads)) if grads else None

@@ -1,0 +1,160 @@
+"""One training job over a mesh and in one process: the same global batch, per-parameter gradients, updated weights."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
+
+from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.data.batch import TokenBatch
+from nemo_rl.distributed.mesh import Mesh, ParallelSizes
+from nemo_rl.interfaces import Objective
+from nemo_rl.metrics import Metrics, merge, scalars
+from nemo_rl.objectives.policy import ClippedPolicyObjective
+from nemo_rl.objectives.preference import PreferenceObjective
+from nemo_rl.objectives.supervised import SupervisedObjective
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.training.pytorch.shards import whole
+from tiny_batches import rollout_batch
+from tiny_models import embedded_folder, tiny_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: three optimizer steps on one batch.
+
+    Attributes:
+        objective: of `OBJECTIVES`.
+        share_prefixes: compute what sequences have in common once.
+        max_tokens: budget of a micro-batch; 1 gives every sequence its own.
+        settings: of the `policy` section.
+    """
+
+    objective: str
+    share_prefixes: bool
+    max_tokens: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.objective} shared={self.share_prefixes} tokens={self.max_tokens}"
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "sft": SupervisedObjective(),
+    "grpo": ClippedPolicyObjective(kl_weight=0.1),
+    "dpo": PreferenceObjective(beta=0.5, sft_weight=0.1),
+}
+
+
+def job_batch(job: Job, folder: Path) -> TokenBatch:
+    """The global batch: three groups of three answers, or for DPO four pairs; lengths differ."""
+    del folder
+    batch = rollout_batch(tiny_model("llama"), temperature=0.8)
+    if job.objective != "dpo":
+        return batch
+    apart = replace(batch, group_ids=torch.arange(9)).select([0, 2, 3, 5, 6, 8, 1, 7])
+    pairs = replace(apart, group_ids=torch.arange(4).repeat_interleave(2))
+    weights = torch.zeros(pairs.num_tokens)
+    mask = pairs.token_columns["loss_mask"]
+    counts = torch.zeros(8).index_add_(0, pairs.sequence_ids(), mask.float())
+    weights[mask] = (1 / counts / 4)[pairs.sequence_ids()][mask] / 2
+    return pairs.with_columns(loss_weights=weights).with_sequence_columns(chosen=torch.tensor([True, False] * 4))
+
+
+class Watched(PyTorchBackend):
+    """Keeps the whole gradient of every parameter before it is clipped."""
+
+    def _update(self) -> Metrics:
+        self.grads = {
+            name: whole(master.grad).clone() for name, master in self._masters.named.items() if master.grad is not None
+        }
+        return super()._update()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a job leaves: metrics and gradients of every step, the final weights, what share of them a rank holds."""
+
+    metrics: list[Metrics]
+    grads: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+    logprobs: list[Tensor]
+    reference: Tensor
+    share: float
+
+
+def train(job: Job, folder: Path, mesh: Mesh | None = None, **dtensor: Any) -> Trained:
+    """Train for three steps, on this rank's part of the batch."""
+    settings: dict[str, Any] = {
+        "model_name": str(folder),
+        "train_global_batch_size": 9,
+        "max_total_sequence_length": 64,
+        "precision": "float32",
+        "max_grad_norm": 0.1,
+        "device": "cpu",
+        "train_mb_tokens": job.max_tokens,
+        "share_prefixes": job.share_prefixes,
+        "optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}},
+        "generation": {"backend": "hf", "max_new_tokens": 8, "temperature": 0.8},
+        "dtensor_cfg": dtensor,
+        **job.settings,
+    }
+    config = PolicyConfig.model_validate(settings)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    backend = Watched(config, str(folder), tokenizer, with_reference=True, mesh=mesh)
+    batch = job_batch(job, folder)
+    if mesh is not None:
+        batch = batch.select(batch.assignment(mesh.sizes.data)[mesh.sizes.data_rank(mesh.rank)])
+    metrics, grads, logprobs = [], [], []
+    for _ in range(3):
+        logprobs.append(backend.logprobs(batch))
+        metrics.append(backend.train(batch, OBJECTIVES[job.objective]))
+        grads.append(backend.grads)
+    with backend.reference():
+        reference = backend.logprobs(batch)
+    assert torch.equal(logprobs[0], reference) or (logprobs[0] - reference).abs().max() < 1e-5
+    parameters = list(backend.model.module.parameters())
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    weights = dict(backend.named_weights())
+    return Trained(metrics, grads, weights, logprobs, reference, held / sum(p.numel() for p in parameters))
+
+
+def train_rank(
+    rank: int, sizes: ParallelSizes, jobs: list[Job], folder: Path, dtensor: dict[str, Any]
+) -> list[Trained]:
+    """Train several jobs, one after the other, as one rank of a mesh."""
+    del rank
+    torch.use_deterministic_algorithms(True)
+    mesh = Mesh(sizes, torch.device("cpu"))
+    return [train(job, folder, mesh, **dtensor) for job in jobs]
+
+
+def compare(job: Job, sizes: ParallelSizes, ranks: list[Trained], alone: Trained) -> list[str]:
+    """What differs between a mesh and one process, in words; nothing if nothing does."""
+    speaking = [trained for rank, trained in enumerate(ranks) if sizes.speaks(rank)]
+    wrong: list[str] = []
+    for step, expected in enumerate(alone.metrics):
+        found, known = scalars(merge([trained.metrics[step] for trained in speaking])), scalars(expected)
+        for name in ("loss", "grad_norm", "loss_tokens"):
+            if abs(found[name] - known[name]) > 1e-4 * abs(known[name]) + 1e-7:
+                wrong.append(f"{job}: {name} of step {step} is {found[name]}, not {known[name]}")
+        for rank, trained in enumerate(ranks):
+            wrong += _differences(f"{job}: rank {rank}, gradient {step}", trained.grads[step], alone.grads[step])
+    for rank, trained in enumerate(ranks):
+        wrong += _differences(f"{job}: rank {rank}, weight", trained.weights, alone.weights)
+    return wrong
+
+
+def _differences(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    if found.keys() != expected.keys():
+        return [f"{what}: {sorted(found.keys() ^ expected.keys())} stand on one side alone"]
+    scale = max(float(tensor.norm()) for tensor in expected.values())
+    return [
+        f"{what} {name}: {float((found[name] - tensor).norm()):.2e} of {float(tensor.norm()):.2e}"
+        for name, tensor in expected.items()
+        if float((found[name] - tensor).norm()) > 1e-4 * float(tensor.norm()) + 1e-6 * scale
+    ]
