@@ -51,7 +51,11 @@ class BatchPlan:
 
 
 def batch_plan(config: SampledRunConfig) -> BatchPlan:
-    """Count the tokens of one step as `data.packing.micro_batches` cuts them: a group stays whole where it fits."""
+    """Count the tokens of one step as `data.micro_batches` cuts them.
+
+    A group stays whole where it fits. Of a group that does not, only what is left over has room for others: it meets
+    other leftovers, unless the order of the batch is kept.
+    """
     policy, answers = config.policy, config.loop.num_generations_per_prompt
     prompt, answer = config.max_prompt_tokens, policy.generation.max_new_tokens
     shares = policy.share_prefixes and prompt >= policy.min_shared_prefix
@@ -59,16 +63,21 @@ def batch_plan(config: SampledRunConfig) -> BatchPlan:
     def cost(sequences: int) -> int:  # the last token of an answer is predicted, but predicts nothing
         return prompt * (1 if shares else sequences) + (answer - 1) * sequences
 
-    fitting = max((size for size in range(1, answers + 1) if cost(size) <= policy.train_mb_tokens), default=1)
-    parts = [fitting] * (answers // fitting) + [answers % fitting] * (answers % fitting > 0)
-    whole = max(1, policy.train_mb_tokens // cost(answers)) if len(parts) == 1 else 1
+    budget = policy.train_mb_tokens
+    fitting = max((size for size in range(1, answers + 1) if cost(size) <= budget), default=1)
+    whole, left = divmod(answers, fitting)
     groups = policy.train_global_batch_size // answers
+    together = 1 if left or whole > 1 else max(1, budget // cost(fitting))
+    kinds = [(groups * whole, together, cost(fitting))]  # number of parts, how many in a micro-batch, tokens of each
+    if left:
+        in_order = policy.sequence_packing.algorithm == "concatenative"
+        kinds.append((groups, 1 if in_order else max(1, budget // cost(left)), cost(left)))
     return BatchPlan(
         generated=config.num_rollouts_per_step * answer,
         padded=config.num_rollouts_per_step * (prompt + answer),
-        computed=config.loop.num_prompts_per_step * sum(map(cost, parts)),
-        microbatches=-(-groups * len(parts) // whole),
-        largest=min(whole, groups) * cost(fitting),
+        computed=config.num_updates_per_step * sum(parts * tokens for parts, _, tokens in kinds),
+        microbatches=sum(-(-parts // number) for parts, number, _ in kinds),
+        largest=max(min(parts, number) * tokens for parts, number, tokens in kinds),
     )
 
 

@@ -267,30 +267,6 @@ class TokenBatch:
             room -= len(unit)
         return [self.select(torch.cat(part)) for part in parts]
 
-    def balance(self, num_ranks: int) -> list[Self]:
-        """Deal the groups to `num_ranks` ranks with about equal tokens; see `assignment`."""
-        return [self.select(indices) for indices in self.assignment(num_ranks)]
-
-    def assignment(self, num_ranks: int) -> list[Tensor]:
-        """Choose the sequences of each rank: the largest group first, each to the rank with the fewest tokens so far.
-
-        A group stays on one rank, where its common prefix is computed once; with fewer groups than ranks the sequences
-        are dealt one by one, and with fewer sequences than ranks some ranks get none.
-
-        Returns:
-            One int64 tensor of increasing sequence indices for each rank; together they are all sequences, each once.
-        """
-        _check_positive("num_ranks", num_ranks)
-        lengths = self.lengths.cpu()
-        units = sorted(self._units(num_ranks), key=lambda unit: -int(lengths[unit].sum()))
-        ranks: list[list[Tensor]] = [[] for _ in range(num_ranks)]
-        loads = [0] * num_ranks
-        for unit in units:
-            rank = loads.index(min(loads))
-            ranks[rank].append(unit)
-            loads[rank] += int(lengths[unit].sum())
-        return [torch.cat([_NONE, *units]).sort().values for units in ranks]
-
     def with_columns(self, **columns: Tensor) -> Self:
         """Add or replace per-token columns [N] or [N, ...]."""
         return replace(self, token_columns={**self.token_columns, **columns})

@@ -1,14 +1,12 @@
 """Packing: a micro-batch as the model sees it, one flat stream in which every shared prefix stands once.
 
-The sequences of a micro-batch form a prefix tree (a radix tree over token ids). Each edge of the tree becomes one
-*segment* of the stream. A segment attends to its ancestors and, causally, to itself, so the hidden state of a shared
-token is computed once and its gradient is the sum over all sequences that run through it: exact, not an approximation.
-Plain packing is the same tree without sharing.
+A segment of the stream attends to its ancestors in the prefix tree and, causally, to itself, so the hidden state of a
+shared token is computed once and its gradient is the sum over all sequences that run through it: exact, not an
+approximation.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,9 +14,8 @@ import torch
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.prefix_tree import PrefixTree, TokenArray
 from nemo_rl.errors import DataError
-
-type TokenArray = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,79 +59,16 @@ class Stream:
     token_index: Tensor
 
 
-@dataclass(slots=True)
-class _Layout:
-    """Segments in stream order, and for every sequence where its tokens stand."""
-
-    segments: list[TokenArray] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    paths: list[TokenArray] = field(default_factory=list)
-    where: dict[int, TokenArray] = field(default_factory=dict)
-    length: int = 0
-
-    def emit(self, tokens: TokenArray, start: int, ancestors: TokenArray) -> TokenArray:
-        """Append a segment; return the stream positions of its ancestors and itself."""
-        own = np.arange(self.length, self.length + len(tokens))
-        path = np.concatenate([ancestors, own])
-        self.segments.append(tokens)
-        self.starts.append(start)
-        self.paths.append(path)
-        self.length += len(tokens)
-        return path
-
-
-def _common_prefix(sequences: Sequence[TokenArray], scan: int) -> int:
-    """Length to which all sequences agree, given that they agree up to `scan`."""
-    first, agreed = sequences[0], min(len(sequence) for sequence in sequences)
-    for other in sequences[1:]:
-        differs = np.flatnonzero(first[scan:agreed] != other[scan:agreed])
-        if differs.size:
-            agreed = scan + int(differs[0])
-    return agreed
-
-
-def _share(layout: _Layout, sequences: dict[int, TokenArray], min_shared: int) -> None:
-    """Lay out the sequences as a prefix tree, depth first."""
-    pending = [(sequences, 0, 0, np.arange(0))]
-    while pending:
-        # the members agree on all tokens before `scan`, of which the stream holds those before `start`, at `path`
-        members, start, scan, path = pending.pop()
-        end = _common_prefix(list(members.values()), scan)
-        ending = [index for index, sequence in members.items() if len(sequence) == end]
-        if end > start and (len(members) == len(ending) or end - start >= min_shared):
-            path = layout.emit(next(iter(members.values()))[start:end], start, path)
-            start = end
-        if ending:  # at an edge too short to be shared with those that go on, the ones that stop get a copy
-            tail = path if start == end else layout.emit(members[ending[0]][start:end], start, path)
-            layout.where.update(dict.fromkeys(ending, tail))
-        branches: dict[int, dict[int, TokenArray]] = {}
-        for index, sequence in members.items():
-            if len(sequence) > end:
-                branches.setdefault(int(sequence[end]), {})[index] = sequence
-        pending += [(branch, start, end, path) for branch in reversed(branches.values())]
-
-
-def _lay_out(sequences: Sequence[TokenArray], *, share_prefixes: bool, min_shared: int) -> _Layout:
-    nothing = np.arange(0)
-    layout = _Layout(where={index: nothing for index, sequence in enumerate(sequences) if not len(sequence)})
-    present = {index: sequence for index, sequence in enumerate(sequences) if len(sequence)}
-    if not share_prefixes:
-        layout.where.update({index: layout.emit(sequence, 0, nothing) for index, sequence in present.items()})
-    elif present:
-        _share(layout, present, min_shared)
-    return layout
-
-
-def _tree(layout: _Layout) -> SegmentTree:
+def _segment_tree(tree: PrefixTree) -> SegmentTree:
     return SegmentTree(
-        cu_seqlens_q=torch.tensor(np.cumsum([0] + [len(s) for s in layout.segments])),
-        cu_seqlens_k=torch.tensor(np.cumsum([0] + [len(p) for p in layout.paths])),
-        kv_index=torch.from_numpy(np.concatenate(layout.paths)),
+        cu_seqlens_q=torch.tensor(np.cumsum([0] + [len(s) for s in tree.segments])),
+        cu_seqlens_k=torch.tensor(np.cumsum([0] + [len(p) for p in tree.paths])),
+        kv_index=torch.from_numpy(np.concatenate(tree.paths)),
     )
 
 
-def _positions(layout: _Layout) -> Tensor:
-    pieces = [np.arange(start, start + len(s)) for start, s in zip(layout.starts, layout.segments, strict=True)]
+def _positions(tree: PrefixTree) -> Tensor:
+    pieces = [np.arange(start, start + len(s)) for start, s in zip(tree.starts, tree.segments, strict=True)]
     return torch.from_numpy(np.concatenate(pieces))
 
 
@@ -150,17 +84,21 @@ class PromptStream:
 
 def prompt_stream(prompts: Sequence[Tensor], *, min_shared: int = 1) -> PromptStream:
     """Lay out prompts (int64 [P_i] each) so that what any of them share, up to whole duplicates, is computed once."""
-    layout = _lay_out([prompt.numpy() for prompt in prompts], share_prefixes=True, min_shared=min_shared)
+    tree = PrefixTree.of([prompt.numpy() for prompt in prompts], min_shared=min_shared)
     return PromptStream(
-        input_ids=torch.from_numpy(np.concatenate(layout.segments)),
-        position_ids=_positions(layout),
-        tree=_tree(layout),
-        where=tuple(torch.from_numpy(layout.where[i]) for i in range(len(prompts))),
+        input_ids=torch.from_numpy(np.concatenate(tree.segments)),
+        position_ids=_positions(tree),
+        tree=_segment_tree(tree),
+        where=tuple(torch.from_numpy(tree.where[i]) for i in range(len(prompts))),
     )
 
 
-def _needed(batch: TokenBatch) -> tuple[list[TokenArray], list[TokenArray]]:
-    """Per sequence: the tokens that must enter the model (up to the last one that predicts), and its loss positions."""
+def inputs_and_targets(batch: TokenBatch) -> tuple[list[TokenArray], list[TokenArray]]:
+    """Per sequence: the tokens that must enter the model (up to the last one that predicts), and its loss positions.
+
+    Raises:
+        DataError: the first token of a sequence carries loss.
+    """
     bounds = batch.cu_seqlens.tolist()
     tokens = batch.token_ids.numpy()
     mask = batch.token_columns["loss_mask"].numpy()
@@ -184,62 +122,18 @@ def build_stream(batch: TokenBatch, *, share_prefixes: bool = True, min_shared: 
     Raises:
         DataError: if no token carries loss, or the first token of a sequence does.
     """
-    inputs, wanted = _needed(batch)
+    inputs, wanted = inputs_and_targets(batch)
     if not any(len(positions) for positions in wanted):
         raise DataError("no token of the micro-batch carries loss; drop such sequences before training on them")
-    layout = _lay_out(inputs, share_prefixes=share_prefixes, min_shared=min_shared)
+    tree = PrefixTree.of(inputs, batch.group_ids.tolist(), share_prefixes=share_prefixes, min_shared=min_shared)
     starts = batch.cu_seqlens[:-1].tolist()
     token_index = torch.from_numpy(np.concatenate([start + w for start, w in zip(starts, wanted, strict=True)]))
-    predictor = np.concatenate([layout.where[i][w - 1] for i, w in enumerate(wanted)])
+    predictor = np.concatenate([tree.where[i][w - 1] for i, w in enumerate(wanted)])
     return Stream(
-        input_ids=torch.from_numpy(np.concatenate(layout.segments)),
-        position_ids=_positions(layout),
-        tree=_tree(layout),
+        input_ids=torch.from_numpy(np.concatenate(tree.segments)),
+        position_ids=_positions(tree),
+        tree=_segment_tree(tree),
         predictor=torch.from_numpy(predictor),
         target=batch.token_ids[token_index],
         token_index=token_index,
     )
-
-
-def micro_batches(
-    batch: TokenBatch, *, max_tokens: int, share_prefixes: bool = True, min_shared: int = 8
-) -> Iterator[TokenBatch]:
-    """Cut a batch into consecutive parts whose streams hold at most `max_tokens` tokens each.
-
-    Groups stay whole while they fit, so that what they share is computed once; a group beyond the budget is cut between
-    its sequences, and one sequence beyond it goes alone. Sequences without a loss token are left out: they compute
-    nothing.
-    """
-    inputs, wanted = _needed(batch)
-    groups: dict[int, list[int]] = {}
-    for index, group_id in enumerate(batch.group_ids.tolist()):
-        if len(wanted[index]):
-            groups.setdefault(group_id, []).append(index)
-
-    def cost(indices: Sequence[int]) -> int:
-        chosen = [inputs[i] for i in indices]
-        return _lay_out(chosen, share_prefixes=share_prefixes, min_shared=min_shared).length
-
-    pieces: list[tuple[list[int], int]] = []
-    for group in groups.values():
-        rest = group
-        while rest:
-            fitting = rest[: _num_fitting(rest, max_tokens, cost)]
-            pieces.append((fitting, cost(fitting)))
-            rest = rest[len(fitting) :]
-    part: list[int] = []
-    filled = 0
-    for indices, tokens in pieces:
-        if part and filled + tokens > max_tokens:
-            yield batch.select(torch.tensor(part))
-            part, filled = [], 0
-        part += indices
-        filled += tokens
-    if part:
-        yield batch.select(torch.tensor(part))
-
-
-def _num_fitting(indices: Sequence[int], max_tokens: int, cost: Callable[[Sequence[int]], int]) -> int:
-    """How many of the first sequences fit into the budget together, at least one; more sequences never cost less."""
-    sizes = range(1, len(indices) + 1)
-    return max(1, bisect_right(sizes, max_tokens, key=lambda size: cost(indices[:size])))

@@ -13,11 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nemo_rl.config.schema.policy import PackingAlgorithm
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.data.packing import Stream, build_stream, micro_batches
+from nemo_rl.data.cost import useful_tokens
+from nemo_rl.data.micro_batches import cut, padding_micro_batch
+from nemo_rl.data.packing import Stream, build_stream
 from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
-from nemo_rl.metrics import Max, Metrics, Sum, merge
+from nemo_rl.metrics import Max, Mean, Metrics, Sum, merge
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.scalar_model import ScalarModel, scalar_values
 from nemo_rl.objectives.distillation import DistributionOutputs
@@ -26,6 +29,7 @@ from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.objectives.value import ScalarOutputs
 from nemo_rl.training.pytorch.routing import (
     Balance,
+    BalancePenalty,
     balance_loss,
     expert_counts,
     record_routing,
@@ -46,6 +50,9 @@ class Scorer:
         chunk_size: tokens whose logits exist at a time.
         share_prefixes: compute a shared prefix once, if the model takes attention plans.
         min_shared: shortest prefix worth sharing, in tokens.
+        packing: fills the micro-batches.
+        agree: from the number of micro-batches of this rank to the number that every rank runs, a collective call; None
+            where no other rank waits.
         autocast: dtype to compute in when the weights are float32, or None.
         truncation: of the sampler.
         teachers: heads that the model is compared with.
@@ -56,6 +63,8 @@ class Scorer:
     chunk_size: int = 256
     share_prefixes: bool = True
     min_shared: int = 8
+    packing: PackingAlgorithm = "first_fit_decreasing"
+    agree: Callable[[int], int] | None = None
     autocast: torch.dtype | None = None
     truncation: Truncation = WHOLE
     teachers: tuple[LogitHead, ...] = ()
@@ -68,9 +77,24 @@ class Scorer:
     def _shares(self) -> bool:
         return self.share_prefixes and self.model.takes_plans
 
-    def cut(self, batch: TokenBatch, max_tokens: int) -> Iterator[TokenBatch]:
-        """Micro-batches of at most `max_tokens` computed tokens; sequences without loss are in none."""
-        return micro_batches(batch, max_tokens=max_tokens, share_prefixes=self._shares, min_shared=self.min_shared)
+    def cut(self, batch: TokenBatch, max_tokens: int) -> Iterator[tuple[TokenBatch, bool]]:
+        """Cut a batch into what the model runs, one micro-batch in memory at a time.
+
+        Ranks whose collective calls meet in every pass (FSDP) must run equally many; those that have fewer run padding
+        afterwards, a small micro-batch with `loss_weights` of 0.
+
+        Yields:
+            Micro-batches of at most `max_tokens` computed tokens, and whether they count: padding does not. Sequences
+            without loss are in none.
+        """
+        share, min_shared = self._shares, self.min_shared
+        parts = cut(batch, max_tokens=max_tokens, algorithm=self.packing, share_prefixes=share, min_shared=min_shared)
+        missing = 0 if self.agree is None else self.agree(len(parts)) - len(parts)
+        for indices in parts:
+            yield batch.select(indices), True
+        if missing:
+            padding = padding_micro_batch(batch, max_tokens=max_tokens, share_prefixes=share, min_shared=min_shared)
+            yield from [(padding, False)] * missing
 
     def score(
         self, batch: TokenBatch, reads: Reads = "logprobs", *, with_entropy: bool = True
@@ -151,68 +175,74 @@ def train_step(
         balance: how the experts of a mixture are kept equally busy, or None.
 
     Returns:
-        The objective's metrics, `update`'s, `loss`, and the tokens given, with loss and computed; of a mixture of
-        experts those of `routing_metrics`, and `balance_loss` before its coefficient.
+        The objective's metrics, `update`'s, `loss`, the tokens given, with loss and computed, and how well they were
+        packed: `packing_fill`, computed tokens per token of budget, and `tokens_computed_per_token`, computed tokens
+        per token that must enter the model. Of a mixture of experts also those of `routing_metrics`, and
+        `balance_loss` before its coefficient.
 
     Raises:
-        DataError: no token of the batch carries loss.
-        BackendError: the loss is not finite, or there is no routing to balance; no weight has changed then.
+        DataError: no token of the batch, or of any rank's that `scorer.agree` speaks for, carries loss.
+        BackendError: the loss is not finite, or the model has no experts to balance; no weight has changed then.
     """
-    counts = None if balance is None else balance.total(_count_experts(scorer, batch, objective, max_tokens))
+    penalty = None if balance is None else _penalty(scorer, batch, objective, max_tokens, balance)
     parts: list[Metrics] = []
-    for micro_batch in scorer.cut(batch, max_tokens):
-        loss, metrics = _loss(scorer, micro_batch, objective, balance, counts)
+    num_run = 0
+    for micro_batch, counts in scorer.cut(batch, max_tokens):
+        loss, metrics = _loss(scorer, micro_batch, objective, penalty if counts else None)
         if not math.isfinite(metrics["loss"].value):
             raise BackendError(
                 f"the loss is {metrics['loss'].value}; lower the learning rate or look at the rollouts of this step"
             )
         loss.backward()
-        parts.append(metrics)
-    if not parts:
+        num_run += 1
+        if counts:
+            parts.append(metrics)
+    if not num_run:
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
     updated = update()
-    if balance is not None and counts is not None and balance.bias_rate:
-        update_biases(scorer.model.module, counts, balance.bias_rate)
-    return merge([*parts, updated, {"tokens": Sum(batch.num_tokens), "largest_micro_batch": _largest(parts)}])
+    if balance is not None and penalty is not None and balance.bias_rate:
+        update_biases(scorer.model.module, penalty.counts, balance.bias_rate)
+    return merge([*parts, updated, _packed(parts, batch, max_tokens, scorer.min_shared)])
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
     """The objective's metrics and the loss of a batch, cut as in training; no gradient."""
     with torch.no_grad():
-        return merge(_loss(scorer, micro_batch, objective)[1] for micro_batch in scorer.cut(batch, max_tokens))
+        run = [
+            (_loss(scorer, micro_batch, objective)[1], counts) for micro_batch, counts in scorer.cut(batch, max_tokens)
+        ]
+    return merge(metrics for metrics, counts in run if counts)
 
 
-def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_tokens: int) -> Tensor:
-    """How often the batch's predictions choose each expert of each layer: int64 [layers, E]."""
+def _penalty(
+    scorer: Scorer, batch: TokenBatch, objective: Objective, max_tokens: int, balance: Balance
+) -> BalancePenalty:
+    """Count how often the predictions of the global batch choose each expert, before any of them is trained on."""
     parts: list[Tensor] = []
-    for micro_batch in scorer.cut(batch, max_tokens):
+    for micro_batch, counts in scorer.cut(batch, max_tokens):
+        score = partial(scorer.score, micro_batch, objective.reads, with_entropy=False)
         with torch.no_grad(), record_routing(scorer.model.module) as routings:
-            score = partial(scorer.score, micro_batch, objective.reads, with_entropy=False)
             _, stream = scorer.model.runner.run(score)
         if not (routings and scorer.model.takes_plans):
             raise BackendError(
                 f"{type(scorer.model.module).__name__} has no routers to be balanced on packed tokens; turn the balance"
                 " of experts off"
             )
-        parts.append(expert_counts(routings, stream.predictor))
+        parts.append(expert_counts(routings, stream.predictor if counts else stream.predictor[:0]))
     if not parts:
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
-    return torch.stack(parts).sum(0)
+    return balance.penalty(torch.stack(parts).sum(0))
 
 
 def _loss(
-    scorer: Scorer,
-    micro_batch: TokenBatch,
-    objective: Objective,
-    balance: Balance | None = None,
-    counts: Tensor | None = None,
+    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, penalty: BalancePenalty | None = None
 ) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch, a part of that of the batch, and its metrics."""
-    return scorer.model.runner.run(lambda: _score_loss(scorer, micro_batch, objective, balance, counts))
+    return scorer.model.runner.run(lambda: _score_loss(scorer, micro_batch, objective, penalty))
 
 
 def _score_loss(
-    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, balance: Balance | None, counts: Tensor | None
+    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, penalty: BalancePenalty | None
 ) -> tuple[Tensor, Metrics]:
     with record_routing(scorer.model.module) as routings:
         outputs, stream = scorer.score(micro_batch, objective.reads)
@@ -227,15 +257,22 @@ def _score_loss(
     }
     if scorer.model.takes_plans:  # routers see padding otherwise
         counted |= routing_metrics(routings)
-    if balance is not None and counts is not None:
-        uneven = balance_loss(routings, stream.predictor, counts)
+    if penalty is not None:
+        uneven = balance_loss(routings, stream.predictor, penalty.counts)
         counted["balance_loss"] = Sum(uneven.item())
-        loss = loss + balance.coefficient * uneven
+        loss = loss + penalty.coefficient * uneven
     return loss, metrics | counted
 
 
-def _largest(parts: list[Metrics]) -> Max:
-    return Max(max(part["tokens_computed"].value for part in parts))
+def _packed(parts: list[Metrics], batch: TokenBatch, max_tokens: int, min_shared: int) -> Metrics:
+    """How the batch was packed into micro-batches, whose metrics are `parts`."""
+    sizes = [part["tokens_computed"].value for part in parts]
+    return {
+        "tokens": Sum(batch.num_tokens),
+        "largest_micro_batch": Max(max(sizes, default=0)),
+        "packing_fill": Mean(sum(sizes), len(sizes) * max_tokens),
+        "tokens_computed_per_token": Mean(sum(sizes), useful_tokens(batch, min_shared=min_shared)),
+    }
 
 
 def score_tokens(
@@ -259,10 +296,11 @@ def read_tokens(
         Of each micro-batch the outputs for its M loss tokens, and int64 [M] where these stand in the batch.
     """
     numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
-    for micro_batch in scorer.cut(numbered, max_tokens):
+    for micro_batch, counts in scorer.cut(numbered, max_tokens):
         with torch.no_grad():  # not around the yield, where it would hold for the caller too
             outputs, stream = scorer.model.runner.run(partial(scorer.score, micro_batch, reads, with_entropy=False))
-        yield outputs, micro_batch.token_columns["position"][stream.token_index]
+        if counts:
+            yield outputs, micro_batch.token_columns["position"][stream.token_index]
 
 
 def _full(w):

@@ -47,6 +47,7 @@ class TeacherWorker:
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
+            packing=config.sequence_packing.algorithm,
             autocast=precision.autocast,
         )
 

@@ -14,7 +14,7 @@ from nemo_rl.config.schema.preference import DPOConfig
 from nemo_rl.config.schema.sft import SFTConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.examples import ChatEncoder
-from nemo_rl.data.packing import micro_batches
+from nemo_rl.data.micro_batches import micro_batches
 from nemo_rl.data.types import ChatPair, Example, Message, Preference
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.models.load import load_tokenizer

@@ -79,6 +79,7 @@ def test_the_form_by_split_means_the_same_here() -> None:
     assert config.loss_fn.kl_output_clamp_value == 1e9
     assert config.grpo.adv_estimator == GroupAdvantages(name="grpo", normalize_rewards=False)
     assert (policy.train_mb_tokens, policy.logprob_mb_tokens) == (2 * 1024, 4 * 1024)
+    assert policy.sequence_packing.algorithm == "modified_first_fit_decreasing"
     assert (policy.max_total_sequence_length, policy.generation.max_new_tokens) == (1024, 512)
     assert config.data.train == load(FILES / "grpo_v03.yaml").config.data.train
     assert config.data.split_validation_size == load(FILES / "grpo_v03.yaml").config.data.split_validation_size
@@ -86,7 +87,6 @@ def test_the_form_by_split_means_the_same_here() -> None:
         "grpo.normalize_rewards",
         "grpo.val_batch_size",
         "policy.dtensor_cfg.activation_checkpointing",
-        "policy.sequence_packing.algorithm",
         "policy.sequence_packing.sequence_length_round",
         "policy.generation.vllm_cfg.enable_vllm_metrics_logger",
         "logger.monitor_gpus",
@@ -155,7 +155,6 @@ def test_sft_is_translated_with_its_report() -> None:
     assert noted == [
         "sft.val_micro_batch_size",
         "policy.dtensor_cfg.sequence_parallel",
-        "policy.sequence_packing.algorithm",
         "policy.sequence_packing.sequence_length_round",
         "data.add_generation_prompt",
         "logger.tensorboard.log_dir",
@@ -354,3 +353,25 @@ def test_a_rule_about_what_is_missing_ends_when_the_schema_has_the_key() -> None
     tree = Tree({"grpo": {"seq_logprob_error_threshold": 2.0, "batch_multiplier": 1}})
     assert translate(tree, schema) == ()
     assert tree.values == {"grpo": {"seq_logprob_error_threshold": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("section", "packing", "noted"),
+    [
+        ({"enabled": True, "algorithm": "concatenative"}, {"algorithm": "concatenative"}, []),
+        (
+            {"enabled": True, "algorithm": "first_fit_shuffle"},
+            {"algorithm": "first_fit_decreasing"},
+            ["policy.sequence_packing.algorithm"],
+        ),
+        ({"enabled": False, "algorithm": "concatenative"}, None, []),
+        ({"algorithm": "concatenative"}, {"algorithm": "concatenative"}, []),  # as it is written here
+    ],
+)
+def test_the_packing_is_that_of_the_file_where_it_packs(
+    section: dict[str, Any], packing: dict[str, str] | None, noted: list[str]
+) -> None:
+    dynamic = {"enabled": False, "algorithm": "anything"}  # the key that makes it an old file
+    values, notes = translated({"policy": {"dynamic_batching": dynamic, "sequence_packing": section}})
+    assert values == ({} if packing is None else {"policy": {"sequence_packing": packing}})
+    assert [note.split(" ")[0] for note in notes] == noted

@@ -11,8 +11,11 @@ from nemo_rl.config.load import load_config
 from nemo_rl.config.model_shapes import ModelShape, model_shape
 from nemo_rl.config.plan import batch_plan, batch_rows, memory_bytes, memory_rows, render_plan
 from nemo_rl.config.schema.algorithms import GRPOConfig
+from nemo_rl.config.schema.policy import PackingAlgorithm
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.data.packing import build_stream, micro_batches
+from nemo_rl.data.bins import PACKERS
+from nemo_rl.data.micro_batches import micro_batches
+from nemo_rl.data.packing import build_stream
 
 
 def load(*overrides: str) -> GRPOConfig:
@@ -79,10 +82,14 @@ def test_batch_plan_counts_tokens() -> None:
 
 @pytest.mark.parametrize("budget", [100, 150, 200, 233, 400, 500, 1000])
 @pytest.mark.parametrize("setting", ["policy.share_prefixes=true", "policy.share_prefixes=false", SHORT_PROMPT])
-def test_the_plan_is_what_the_micro_batches_of_a_step_come_to(budget: int, setting: str) -> None:
+@pytest.mark.parametrize("algorithm", PACKERS)
+def test_the_plan_is_what_the_micro_batches_of_a_step_come_to(
+    budget: int, setting: str, algorithm: PackingAlgorithm
+) -> None:
     sizes = ("grpo.num_prompts_per_step=6", "grpo.num_generations_per_prompt=5", "policy.train_global_batch_size=15")
     lengths = ("policy.max_total_sequence_length=100", "policy.generation.max_new_tokens=20")
-    config = load(*sizes, *lengths, setting, f"policy.train_mb_tokens={budget}")
+    packing = f"policy.sequence_packing.algorithm={algorithm}"
+    config = load(*sizes, *lengths, setting, packing, f"policy.train_mb_tokens={budget}")
     plan, policy, prompt = batch_plan(config), config.policy, config.max_prompt_tokens
     rows = [  # full length, and nothing in common but the prompt
         torch.cat([torch.arange(prompt) + 1000 * group, torch.arange(20) + 100_000 + 100 * (5 * group + answer)])
@@ -96,7 +103,7 @@ def test_the_plan_is_what_the_micro_batches_of_a_step_come_to(budget: int, setti
         {"loss_mask": (torch.arange(prompt + 20) >= prompt).repeat(15)},
     )
     sharing = {"share_prefixes": policy.share_prefixes, "min_shared": policy.min_shared_prefix}
-    parts = list(micro_batches(batch, max_tokens=budget, **sharing))
+    parts = list(micro_batches(batch, max_tokens=budget, algorithm=algorithm, **sharing))
     computed = [len(build_stream(part, **sharing).input_ids) for part in parts]
     assert (plan.microbatches, plan.largest, plan.computed) == (len(parts), max(computed), 2 * sum(computed))
 

@@ -116,26 +116,6 @@ def test_minibatches_of_equal_groups_hold_exactly_the_size_asked_for() -> None:
     assert [part.num_sequences for part in batch.minibatches(2)] == [2] * 12
 
 
-@settings(deadline=None, max_examples=60)
-@given(batches, st.integers(1, 9))
-def test_balance_gives_every_sequence_to_one_rank_and_keeps_groups_whole(batch: TokenBatch, num_ranks: int) -> None:
-    ranks = batch.assignment(num_ranks)
-    assert sorted(torch.cat(ranks).tolist()) == list(range(batch.num_sequences))
-    homes = [set(batch.group_ids[rank].tolist()) for rank in ranks]
-    num_groups = len(batch.group_ids.unique())
-    if num_groups >= num_ranks:
-        assert sum(map(len, homes)) == num_groups
-    plain = sequences(batch)
-    for part, rank in zip(batch.balance(num_ranks), ranks, strict=True):
-        assert sequences(part) == [plain[row] for row in rank.tolist()]
-
-
-def test_balance_evens_out_tokens_where_an_even_count_would_not() -> None:
-    batch = make_batch([[100], [90], [20], [15], [10], [5]])
-    assert sorted(part.num_tokens for part in batch.balance(2)) == [120, 120]
-    assert [part.num_tokens for part in make_batch([[4, 9]]).balance(3)] == [9, 4, 0]
-
-
 def test_at_keeps_chosen_tokens_of_every_sequence_with_all_columns_aligned() -> None:
     batch = make_batch([[3, 2], [0, 4]])
     view = batch.at(torch.tensor([2, 0, 7, 8]))
@@ -212,7 +192,6 @@ def test_a_token_may_have_several_values() -> None:
     batch = batch.with_columns(wide=wide)
     parts = [
         *batch.split(3),
-        *batch.balance(2),
         *batch.minibatches(2),
         pickle.loads(pickle.dumps(batch)),
         batch.to("cpu"),

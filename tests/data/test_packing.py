@@ -7,39 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.data.packing import SegmentTree, Stream, build_stream, micro_batches, prompt_stream
+from nemo_rl.data.packing import SegmentTree, Stream, build_stream, prompt_stream
 from nemo_rl.errors import DataError
-
-type Sequences = list[tuple[list[int], list[bool]]]
-
-
-def make_batch(groups: list[Sequences]) -> TokenBatch:
-    sequences = [sequence for group in groups for sequence in group]
-    lengths = torch.tensor([len(tokens) for tokens, _ in sequences])
-    return TokenBatch(
-        token_ids=torch.tensor([token for tokens, _ in sequences for token in tokens], dtype=torch.int64),
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-        group_ids=torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups])),
-        token_columns={"loss_mask": torch.tensor([m for _, mask in sequences for m in mask], dtype=torch.bool)},
-    )
-
-
-def answers(prompt: list[int], *responses: list[int]) -> Sequences:
-    """One group: every response is trained on, the prompt is not."""
-    return [(prompt + response, [False] * len(prompt) + [True] * len(response)) for response in responses]
-
-
-def needed(batch: TokenBatch) -> list[tuple[int, ...]]:
-    """Per sequence the tokens before its last loss token, in the plainest way."""
-    found = []
-    for tokens, mask in zip(*(x.split(batch.lengths.tolist()) for x in (batch.token_ids, mask_of(batch))), strict=True):
-        last = max(mask.nonzero().flatten().tolist(), default=0)
-        found.append(tuple(tokens[:last].tolist()))
-    return found
-
-
-def mask_of(batch: TokenBatch) -> Tensor:
-    return batch.token_columns["loss_mask"]
+from tiny_sequences import Sequences, answers, batches, make_batch, mask_of, needed, size
 
 
 def visible(tree: SegmentTree, query: int) -> Tensor:
@@ -48,27 +18,6 @@ def visible(tree: SegmentTree, query: int) -> Tensor:
     keys = tree.kv_index[tree.cu_seqlens_k[segment] : tree.cu_seqlens_k[segment + 1]]
     queries_after = int(tree.cu_seqlens_q[segment + 1]) - 1 - query
     return keys[: len(keys) - queries_after]
-
-
-def size(batch: TokenBatch, **options: bool | int) -> int:
-    return len(build_stream(batch, **options).input_ids)
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> TokenBatch:
-    """Groups over three tokens, so that prefixes, duplicates and sequences inside others are everywhere."""
-    token = st.integers(0, 2)
-    groups: list[Sequences] = []
-    for _ in range(draw(st.integers(1, 4))):
-        stems = draw(st.lists(st.lists(token, min_size=1, max_size=8), min_size=1, max_size=2))
-        group: Sequences = []
-        for _ in range(draw(st.integers(1, 4))):
-            tokens = draw(st.sampled_from(stems)) + draw(st.lists(token, max_size=6))
-            mask = draw(st.lists(st.booleans(), min_size=len(tokens) - 1, max_size=len(tokens) - 1))
-            group.append((tokens, [False, *mask]))
-        groups.append(group)
-    groups.append(answers([0, 1], [2]))  # so that at least one token carries loss
-    return make_batch(groups)
 
 
 @settings(max_examples=150, deadline=None)
@@ -155,8 +104,6 @@ def test_a_sequence_without_loss_vanishes(share_prefixes: bool) -> None:
     assert stream.input_ids.tolist() == [1, 2, 3]
     assert stream.token_index.tolist() == [5, 6]
     assert stream.tree.cu_seqlens_q.tolist() == [0, 3]
-    (only,) = micro_batches(batch, max_tokens=100, share_prefixes=share_prefixes)
-    assert only.token_ids.tolist() == [1, 2, 3, 4]
     with pytest.raises(DataError, match="no token of the micro-batch carries loss"):
         build_stream(make_batch([silent]), share_prefixes=share_prefixes)
 
@@ -173,37 +120,6 @@ def test_a_thousand_turns_that_each_continue_the_last_are_laid_out() -> None:
     stream = build_stream(batch, min_shared=1)
     assert stream.input_ids.tolist() == tokens[:998]
     assert stream.predictor.tolist() == list(range(998))
-
-
-@settings(max_examples=150, deadline=None)
-@given(batch=batches(), max_tokens=st.integers(1, 40), share_prefixes=st.booleans(), min_shared=st.integers(1, 5))
-def test_micro_batches_hold_every_sequence_once_within_the_budget_and_keep_groups_whole(
-    batch: TokenBatch, max_tokens: int, share_prefixes: bool, min_shared: int
-) -> None:
-    numbered = batch.with_sequence_columns(number=torch.arange(batch.num_sequences))
-    options = {"share_prefixes": share_prefixes, "min_shared": min_shared}
-    parts = list(micro_batches(numbered, max_tokens=max_tokens, **options))
-    numbers = [part.sequence_columns["number"].tolist() for part in parts]
-    assert [number for found in numbers for number in found] == [i for i, tokens in enumerate(needed(batch)) if tokens]
-    for part in parts:
-        assert part.num_sequences == 1 or size(part, **options) <= max_tokens
-    for group in batch.group_ids.unique().tolist():
-        members = [i for i in (batch.group_ids == group).nonzero().flatten().tolist() if needed(batch)[i]]
-        if members and size(batch.select(members), **options) <= max_tokens:
-            assert sum(not set(members).isdisjoint(found) for found in numbers) == 1
-
-
-def test_a_group_beyond_the_budget_still_shares_its_prompt_in_every_part() -> None:
-    group = answers(list(range(100)), *([200 + i] * 11 for i in range(8)))
-    parts = list(micro_batches(make_batch([group]), max_tokens=150))
-    assert [part.num_sequences for part in parts] == [5, 3]
-    assert [size(part) for part in parts] == [150, 130]
-
-
-def test_a_sequence_beyond_the_budget_goes_alone() -> None:
-    batch = make_batch([answers([1], [2]), answers(list(range(50)), [60]), answers([3], [4])])
-    parts = list(micro_batches(batch, max_tokens=10))
-    assert [part.num_tokens for part in parts] == [2, 51, 2]
 
 
 @settings(max_examples=100, deadline=None)

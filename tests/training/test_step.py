@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemo_rl.data.assignment import assign, join
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.cost import ComputeCost
 from nemo_rl.errors import BackendError, DataError
-from nemo_rl.metrics import Metrics, Sum, scalars
+from nemo_rl.metrics import Mean, Metrics, Sum, merge, scalars
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from nemo_rl.objectives.policy import ClippedPolicyObjective
@@ -117,3 +119,61 @@ def test_a_batch_without_a_loss_token_is_refused_before_the_update() -> None:
     batch = BATCH.with_columns(loss_mask=torch.zeros(BATCH.num_tokens, dtype=torch.bool))
     with pytest.raises(DataError, match="no token of the batch carries loss"):
         train_step(Scorer(MODEL), batch, OBJECTIVE, max_tokens=30, update=lambda: pytest.fail("it was updated"))
+
+
+@pytest.mark.parametrize("max_tokens", [30, 10_000])
+def test_padding_micro_batches_change_no_gradient_and_no_metric(max_tokens: int) -> None:
+    found: list[tuple[Metrics, list[Tensor]]] = []
+    for scorer in (Scorer(MODEL), Scorer(MODEL, agree=lambda count: count + 3)):
+        MODEL.module.zero_grad()
+        passes = 0
+
+        def count(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+
+        with MODEL.trunk.register_forward_hook(count):
+            metrics = train_step(scorer, BATCH, OBJECTIVE, max_tokens=max_tokens, update=nothing)
+        assert passes == metrics["micro_batches"].value + (0 if scorer.agree is None else 3)
+        found.append((metrics, [p.grad.clone() for p in MODEL.module.parameters() if p.grad is not None]))
+    (plain, gradients), (padded, same) = found
+    assert plain == padded
+    for one, other in zip(gradients, same, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    scores = [
+        score_tokens(scorer, BATCH, max_tokens=30) for scorer in (Scorer(MODEL), Scorer(MODEL, agree=lambda n: 12))
+    ]
+    assert torch.equal(*scores)
+
+
+def test_ranks_that_run_equally_many_micro_batches_add_up_to_the_plain_gradients() -> None:
+    """One rank has no token with loss left and only keeps in step with the others."""
+    silent = BATCH.token_columns["loss_mask"] & (BATCH.sequence_ids() < 6)
+    weights = BATCH.token_columns["loss_weights"] * silent
+    batch = BATCH.with_columns(loss_mask=silent, loss_weights=weights)
+    MODEL.module.zero_grad()
+    whole = train_step(Scorer(MODEL), batch, OBJECTIVE, max_tokens=40, update=nothing)
+    gradients = [p.grad.clone() for p in MODEL.module.parameters() if p.grad is not None]
+    ranks = assign(batch, 3, ComputeCost(), whole_groups=True)
+    counts = [len(list(Scorer(MODEL).cut(batch.select(rank), 40))) for rank in ranks]
+    assert sorted(counts)[0] == 0
+    MODEL.module.zero_grad()
+    scorer = Scorer(MODEL, agree=lambda _: max(counts))
+    parts = [train_step(scorer, batch.select(rank), OBJECTIVE, max_tokens=40, update=dict) for rank in ranks]
+    for gradient, parameter in zip(gradients, MODEL.module.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    merged, expected = scalars(merge(parts)), scalars(whole)
+    for name in ("loss", "tokens", "loss_tokens", "policy_kl", "entropy"):
+        assert merged[name] == pytest.approx(expected[name], rel=1e-5), name
+    joined = join(batch, [score_tokens(scorer, batch.select(rank), max_tokens=40) for rank in ranks], ranks)
+    torch.testing.assert_close(joined, score_tokens(Scorer(MODEL), batch, max_tokens=40), rtol=0, atol=2e-5)
+
+
+def test_a_step_reports_how_full_its_micro_batches_are_and_what_is_computed_twice() -> None:
+    whole = train_step(Scorer(MODEL), BATCH, OBJECTIVE, max_tokens=200, update=nothing)
+    computed = 9 + 15 + 20 + 2 * (1 + 5 + 10) + (1 + 10)
+    assert whole["packing_fill"] == Mean(computed, 200)
+    assert whole["tokens_computed_per_token"] == Mean(computed, computed)
+    cut = train_step(Scorer(MODEL), BATCH, OBJECTIVE, max_tokens=1, update=nothing)
+    assert cut["packing_fill"] == Mean(plain := 3 * (9 + 15 + 20) + 2 * (1 + 5 + 10) + (1 + 1 + 10), 9)
+    assert cut["tokens_computed_per_token"] == Mean(plain, computed)

@@ -49,7 +49,7 @@ def policy_keys(root: str) -> Table:
         ),
     }
     keys |= _tokenizer_keys(f"{root}.tokenizer", "tokenizer")
-    keys |= _DTENSOR | _batching(root, "dynamic_batching") | _batching(root, "sequence_packing")
+    keys |= _DTENSOR | _dynamic_batching(root) | _sequence_packing(root)
     own = {f"{root}.{name}": action for name, action in keys.items()}
     return {**own, **generation_keys(f"{root}.generation", root)}
 
@@ -100,13 +100,34 @@ def dtensor_keys(root: str) -> Table:
 
 def _batching(root: str, name: str) -> dict[str, Action]:
     return {
-        name: Off(),
         f"{name}.enabled": NOTHING,
         f"{name}.train_mb_tokens": Rename(f"{root}.train_mb_tokens"),
         f"{name}.logprob_mb_tokens": Rename(f"{root}.logprob_mb_tokens"),
-        f"{name}.algorithm": Ignore("the packing is the library's own and changes no result"),
         f"{name}.sequence_length_round": Ignore(_JAGGED),
     }
+
+
+def _dynamic_batching(root: str) -> dict[str, Action]:
+    name = "dynamic_batching"
+    own = {name: Off(), f"{name}.algorithm": Ignore("sequence_packing.algorithm fills micro-batches here")}
+    return _batching(root, name) | own
+
+
+def _sequence_packing(root: str) -> dict[str, Action]:
+    name = "sequence_packing"
+    own = {name: Convert(_unless_disabled), f"{name}.algorithm": Convert(partial(_packing, f"{root}.{name}.algorithm"))}
+    return _batching(root, name) | own
+
+
+def _unless_disabled(section: Any, _: Config) -> Action | None:
+    """The section is one of today as well, where it has no switch."""
+    return NOTHING if isinstance(section, dict) and section.get("enabled") is False else None
+
+
+def _packing(key: str, algorithm: Any, _: Config) -> Action:
+    if algorithm != "first_fit_shuffle":
+        return Keep()
+    return Set({key: "first_fit_decreasing"}, "nothing is left to chance here, so first_fit_decreasing packs")
 
 
 def generation_keys(section: str, policy: str | None = None) -> Table:

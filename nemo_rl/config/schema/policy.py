@@ -66,6 +66,18 @@ type SchedulerLink = Annotated[
 ]
 
 
+type PackingAlgorithm = Literal["first_fit_decreasing", "modified_first_fit_decreasing", "concatenative"]
+
+
+class SequencePackingConfig(Section):
+    """How sequences are put together in micro-batches."""
+
+    algorithm: PackingAlgorithm = "first_fit_decreasing"
+    """`first_fit_decreasing` puts the largest group first, each into the first micro-batch with room for it;
+    `modified_first_fit_decreasing` also finds company for groups of more than half a micro-batch first; `concatenative`
+    keeps the order of the batch. None changes a result."""
+
+
 class ModelConfig(Section):
     """A model, and how it scores tokens."""
 
@@ -87,6 +99,9 @@ class ModelConfig(Section):
 
     min_shared_prefix: PositiveInt = 8
     """Shortest common prefix in tokens that is worth sharing."""
+
+    sequence_packing: SequencePackingConfig = SequencePackingConfig()
+    """How sequences are put together in micro-batches."""
 
     logprob_chunk_size: PositiveInt = 256
     """Tokens whose logits are held at a time in the language-model head."""

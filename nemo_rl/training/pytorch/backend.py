@@ -132,6 +132,7 @@ class PyTorchBackend:
             chunk_size=config.logprob_chunk_size,
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
+            packing=config.sequence_packing.algorithm,
             autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
@@ -211,7 +212,7 @@ class PyTorchBackend:
 
     def _state(self) -> TrainingState:
         identity = model_identity(self.model.module.config)
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity)
+        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._mesh is not None)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""

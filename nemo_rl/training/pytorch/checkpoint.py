@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +32,7 @@ from nemo_rl.errors import CheckpointError
 from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.models.load import Identity
 from nemo_rl.training.pytorch.optim import advance
+from nemo_rl.training.pytorch.shards import whole
 
 MANIFEST = "checkpoint.json"
 _BLOCK = 1 << 20
@@ -61,12 +64,20 @@ class TrainingState:
         optimizer: over exactly these weights.
         scheduler: of that optimizer.
         identity: of the model (`model_identity`).
+        is_shared: every rank of the process group has such a state, and all of them save and load together. What is
+            written does not depend on how weights are spread, so a checkpoint of one mesh is one of any other.
     """
 
     weights: Mapping[str, Tensor]
     optimizer: Optimizer
     scheduler: LRScheduler
     identity: Identity
+    is_shared: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is there once."""
+        return not self.is_shared or dist.get_rank() == 0
 
 
 def save_state(folder: Path, state: TrainingState, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -77,8 +88,10 @@ def save_state(folder: Path, state: TrainingState, tokenizer: PreTrainedTokenize
     """
     with _failing_as(f"cannot write the checkpoint {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "weights", {name: weight.detach() for name, weight in state.weights.items()})
-        _write(folder / "optimizer", _named_optimizer_state(state))
+        _write(folder / "weights", {name: weight.detach() for name, weight in state.weights.items()}, state)
+        _write(folder / "optimizer", _named_optimizer_state(state), state)
+        if not state.leads:
+            return
         tokenizer.save_pretrained(folder / "tokenizer")
         manifest = Manifest(
             identity=dict(state.identity),
@@ -111,12 +124,12 @@ def load_state(folder: Path, state: TrainingState) -> None:
             advance(state.scheduler)
     with _failing_as(f"the checkpoint {folder} is damaged; resume from an earlier one"):
         by_name: dict[str, dict[str, Tensor]] = {}
-        for key, value in _read(folder / "optimizer", {}).items():
+        for key, value in _read(folder / "optimizer", _moment_targets(folder / "optimizer", state), state).items():
             name, _, moment = key.removeprefix("state.").rpartition(".")
             by_name.setdefault(name, {})[moment] = value
         names = _stepped_names(state)
         moments = {index: by_name[name] for index, name in enumerate(names) if name in by_name}
-        _read(folder / "weights", {name: weight.detach() for name, weight in state.weights.items()})
+        _read(folder / "weights", {name: weight.detach() for name, weight in state.weights.items()}, state)
         state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 
 
@@ -128,6 +141,8 @@ def export_hf(
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model folder that plain Transformers loads: safetensors, configuration, tokenizer.
+
+    Of a model that is spread every rank must call this; the first one writes.
 
     Args:
         model: gives the architecture, and every tensor that `weights` has none of.
@@ -141,11 +156,15 @@ def export_hf(
     """
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     tensors = {**dict(unique.values()), **(weights or {})}  # one name for tied weights, the first
-    exported = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in tensors.items()
-        if not name.startswith(VALUE_HEAD)
-    }
+    leads = not any(isinstance(tensor, DTensor) for tensor in tensors.values()) or dist.get_rank() == 0
+    exported: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(VALUE_HEAD):
+            full = whole(tensor)
+            if leads:
+                exported[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype).contiguous()
+    if not leads:
+        return
     with _failing_as(f"cannot write the model folder {folder}"):
         model.save_pretrained(folder, state_dict=exported)
         config = copy.deepcopy(model.config)
@@ -188,7 +207,7 @@ def _verify(folder: Path, state: TrainingState) -> Manifest:
             f"the checkpoint {folder} was made with {manifest.optimizer} and this run uses "
             f"{_kind(state.optimizer)}; use the same optimizer or start in another folder"
         )
-    for name, checksum in manifest.files.items():
+    for name, checksum in manifest.files.items() if state.leads else ():
         if not (folder / name).is_file() or _checksum(folder / name) != checksum:
             raise CheckpointError(
                 f"the checkpoint file {folder / name} is damaged or missing; resume from an earlier checkpoint"
@@ -226,19 +245,29 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _write(folder: Path, tensors: Mapping[str, Any]) -> None:
-    with _single_process():
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+def _write(folder: Path, tensors: Mapping[str, Any], state: TrainingState) -> None:
+    with _quietly():
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not state.is_shared)
 
 
-def _read(folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """Fill the tensors of `targets` in place; what the folder holds beyond them is added in new ones."""
-    for name, item in _metadata(folder).state_dict_metadata.items():
-        if name not in targets:
-            is_tensor = isinstance(item, TensorStorageMetadata)
-            targets[name] = torch.empty(item.size, dtype=item.properties.dtype) if is_tensor else None
-    with _single_process():
-        dcp.load(targets, checkpoint_id=folder, no_dist=True)
+def _read(folder: Path, targets: dict[str, Any], state: TrainingState) -> dict[str, Any]:
+    """Fill the tensors of `targets` in place."""
+    with _quietly():
+        dcp.load(targets, checkpoint_id=folder, no_dist=not state.is_shared)
+    return targets
+
+
+def _moment_targets(folder: Path, state: TrainingState) -> dict[str, Any]:
+    """New tensors for all that an optimizer's folder holds, those of the shape of a weight spread as the weight is."""
+    targets: dict[str, Any] = {}
+    for key, item in _metadata(folder).state_dict_metadata.items():
+        weight = state.weights.get(key.removeprefix("state.").rpartition(".")[0])
+        if not isinstance(item, TensorStorageMetadata):
+            targets[key] = None
+        elif weight is not None and weight.shape == item.size:
+            targets[key] = torch.empty_like(weight.detach(), dtype=item.properties.dtype)
+        else:
+            targets[key] = torch.empty(item.size, dtype=item.properties.dtype)
     return targets
 
 
@@ -247,7 +276,7 @@ def _metadata(folder: Path) -> Metadata:
 
 
 @contextmanager
-def _single_process() -> Generator[None]:
+def _quietly() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -63,9 +63,7 @@ def parallelize[M: (CausalLM, ScalarModel)](
     is_divided = mesh.sizes.tensor > 1
     if is_divided:
         plan = tensor_plan(module, config.custom_parallel_plan)
-        apply_tensor_parallel(
-            module, model.trunk, mesh.tensor, plan, sequence_parallel=config.sequence_parallel
-        )
+        apply_tensor_parallel(module, model.trunk, mesh.tensor, plan, sequence_parallel=config.sequence_parallel)
     root = _shard(model, mesh, param_dtype)
     multiple = mesh.sizes.tensor if config.sequence_parallel else 1
     return replace(model, runner=FullySharded(root, multiple))
@@ -91,5 +89,3 @@ def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype |
 
 def _call(_: nn.Module, function: Callable[[], Any]) -> Any:
     return function()
-
-

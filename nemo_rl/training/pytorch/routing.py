@@ -145,11 +145,24 @@ class Balance:
     bias_rate: float = 0.0
     group: ProcessGroup | None = None
 
-    def total(self, counts: Tensor) -> Tensor:
-        """Add up the ranks' counts, [layers, E]."""
+    def penalty(self, counts: Tensor) -> "BalancePenalty":
+        """Give what the micro-batches of a step need, from this rank's `expert_counts`; all ranks must ask."""
         if self.group is not None:
             dist.all_reduce(counts, group=self.group)
-        return counts
+        return BalancePenalty(self.coefficient, counts)
+
+
+@dataclass(frozen=True, slots=True)
+class BalancePenalty:
+    """How the loss of a step's micro-batches punishes uneven loads.
+
+    Attributes:
+        coefficient: of `balance_loss`.
+        counts: int64 [layers, E], `expert_counts` of the global batch.
+    """
+
+    coefficient: float
+    counts: Tensor
 
 
 def balance_loss(routings: Sequence[Routing], tokens: Tensor, counts: Tensor) -> Tensor:

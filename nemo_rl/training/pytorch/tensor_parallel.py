@@ -211,4 +211,6 @@ def gather_tokens(local: Tensor, mesh: DeviceMesh) -> DTensor:
 
 def scatter_tokens(whole: Tensor, mesh: DeviceMesh) -> Tensor:
     """[1, S, H], the same on all ranks -> this rank's [1, S/t, H]."""
-    return DTensor.from_local(whole, mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(_TOKENS)]).to_local()
+    return (
+        DTensor.from_local(whole, mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(_TOKENS)]).to_local()
+    )

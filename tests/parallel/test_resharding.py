@@ -1,0 +1,93 @@
+"""A checkpoint of any mesh is one of any other: weights, optimizer moments and schedule come back as they were."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.distributed.mesh import Mesh, ParallelSizes
+from nemo_rl.objectives.supervised import SupervisedObjective
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.training.pytorch.shards import whole
+from ranks import run_ranks
+from tiny_batches import rollout_batch
+from tiny_models import embedded_folder, tiny_model
+
+MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
+    "one": (ParallelSizes(), {}),
+    "fsdp2": (ParallelSizes(shard=2), {}),
+    "fsdp2-tp": (ParallelSizes(shard=2, tensor=2), {"sequence_parallel": True}),
+    "hsdp-3": (ParallelSizes(shard=3), {}),
+}
+
+
+def make(folder: Path, mesh: Mesh | None, settings: dict[str, Any]) -> PyTorchBackend:
+    config = PolicyConfig.model_validate(
+        {
+            "model_name": str(folder),
+            "train_global_batch_size": 9,
+            "max_total_sequence_length": 64,
+            "precision": "float32",
+            "device": "cpu",
+            "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-2}},
+            "scheduler": [{"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"total_iters": 4}}],
+            "generation": {"backend": "hf", "max_new_tokens": 8},
+            "dtensor_cfg": settings,
+        }
+    )
+    return PyTorchBackend(config, str(folder), AutoTokenizer.from_pretrained(embedded_folder()), mesh=mesh)
+
+
+def state(backend: PyTorchBackend) -> dict[str, torch.Tensor]:
+    """All weights and moments, whole, and the learning rate."""
+    named = backend._masters.named
+    moments = backend._optimizer.state
+    found = {name: whole(weight).clone() for name, weight in named.items()}
+    for name, weight in named.items():
+        found |= {f"{name}.{moment}": whole(value).clone() for moment, value in moments[weight].items()}
+    return found | {"lr": torch.tensor(backend._optimizer.param_groups[0]["lr"])}
+
+
+def run(
+    rank: int, name: str, folder: Path, load: Path | None, save: Path | None, export: Path | None
+) -> dict[str, torch.Tensor]:
+    sizes, settings = MESHES[name]
+    mesh = Mesh(sizes, torch.device("cpu")) if sizes.world_size > 1 else None
+    backend = make(folder, mesh, settings)
+    if load is not None:
+        backend.load(load)
+    if save is not None:
+        batch = rollout_batch(tiny_model("llama"))
+        if mesh is not None:
+            batch = batch.select(batch.assignment(sizes.data)[sizes.data_rank(rank)])
+        for _ in range(2):
+            backend.train(batch, SupervisedObjective())
+        backend.save(save)
+    if export is not None:
+        backend.export(export)
+    return state(backend)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resharding") / "llama"
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("first", "second"), [("fsdp2", "one"), ("one", "fsdp2-tp"), ("fsdp2-tp", "hsdp-3")])
+def test_a_checkpoint_fits_any_mesh(first: str, second: str, folder: Path, tmp_path: Path) -> None:
+    saved, exported = tmp_path / "step", tmp_path / "hf"
+    written = run_ranks(run, MESHES[first][0].world_size, first, folder, None, saved, exported)
+    found = run_ranks(run, MESHES[second][0].world_size, second, folder, saved, None, None)
+    for tensors in (*written, *found):
+        assert tensors.keys() == written[0].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, written[0][name]), name
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, written[0][name]), name
