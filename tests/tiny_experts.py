@@ -22,9 +22,10 @@ def weighted(logprobs: Tensor, rank: int) -> Tensor:
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter's gradient; fails where there is none."""
-    missing = [name for name, parameter in module.named_parameters() if parameter.grad is None]
+    found = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    missing = {name for name, _ in module.named_parameters()} - found.keys()
     assert not missing, f"no gradient: {missing}"
-    return {name: parameter.grad for name, parameter in module.named_parameters()}
+    return found
 
 
 def assert_close(got: Tensor, expected: Tensor, name: str, tolerance: float = 1e-5) -> None:

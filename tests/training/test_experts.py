@@ -88,7 +88,7 @@ def run_uneven_rank(rank: int, family: str) -> tuple[Tensor, list[Tensor], dict[
     output = experts(states, index, weights)
     output.square().sum().backward()
     found = {name: local_part(gradient) for name, gradient in gradients(experts).items()}
-    return output.detach(), [tensor.grad for tensor in inputs], found
+    return output.detach(), [grad for tensor in inputs if (grad := tensor.grad) is not None], found
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -148,8 +148,8 @@ def run_exchange(rank: int) -> tuple[Tensor, Tensor]:
     rows = (10.0 * rank + torch.arange(3.0))[:, None].requires_grad_()
     sent, received = ([1, 2], [1, 0]) if rank == 0 else ([0, 3], [2, 3])
     output = exchange(rows, sent, received, dist.group.WORLD)
-    (output * (1 + rank)).sum().backward()
-    return output.detach()[:, 0], rows.grad[:, 0]
+    (found,) = torch.autograd.grad((output * (1 + rank)).sum(), rows)
+    return output.detach()[:, 0], found[:, 0]
 
 
 def test_rows_go_where_they_are_sent_and_gradients_come_back() -> None:

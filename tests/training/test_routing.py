@@ -156,7 +156,7 @@ def test_biases_move_towards_equal_loads() -> None:
 def test_what_cannot_be_balanced_is_refused() -> None:
     model, batch = mixtral(1)
     objective = ClippedPolicyObjective()
-    with pytest.raises(ModelError, match="MixtralTopKRouter has no bias"):
+    with pytest.raises(ModelError, match="MixtralForCausalLM has no biases"):
         train_step(Scorer(model), batch, objective, max_tokens=60, update=nothing, balance=Balance(bias_rate=0.1))
     dense = CausalLM.wrap(tiny_model("llama"))
     with pytest.raises(BackendError, match="LlamaForCausalLM has no routers"):

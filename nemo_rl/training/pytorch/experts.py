@@ -132,7 +132,9 @@ def expert_rows(module: nn.Module, rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def _linear(module: nn.Module, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    output = grouped_product(rows, local_part(module.get_parameter(name)), counts, inputs_first=module.is_transposed)
+    output = grouped_product(
+        rows, local_part(module.get_parameter(name)), counts, inputs_first=bool(module.is_transposed)
+    )
     if not module.has_bias:
         return output
     bias = local_part(module.get_parameter(f"{name}_bias"))
@@ -177,9 +179,9 @@ class _GroupedProduct(torch.autograd.Function):
         return F.grouped_mm(rows, weight if inputs_first else weight.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, weight, ends = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        gradient = gradients[0].contiguous()
         of_rows = of_weight = None
         if ctx.needs_input_grad[0]:
             of_rows = F.grouped_mm(gradient, weight.transpose(1, 2) if ctx.inputs_first else weight, offs=ends)
@@ -205,8 +207,8 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(rows, sent, received, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(gradient, *ctx.way_back), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(gradients[0], *ctx.way_back), None, None, None
 
 
 def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:

@@ -189,6 +189,22 @@ def balance_loss(routings: Sequence[Routing], tokens: Tensor, counts: Tensor) ->
     return torch.stack(parts).mean()
 
 
+def selection_biases(model: nn.Module) -> dict[str, Tensor]:
+    """Name the buffers, [E], that are added to the scores of a layer's experts where experts are chosen.
+
+    Raises:
+        ModelError: a router of the model has none.
+    """
+    leaf = "e_score_correction_bias"
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(leaf)}
+    if len(biases) != len(list(router_modules(model))):
+        raise ModelError(
+            f"{type(model).__name__} has no biases that choose experts; set policy.moe.bias_update_rate to 0 and use "
+            "policy.moe.balance_coefficient"
+        )
+    return biases
+
+
 @torch.no_grad()
 def update_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
     """Move the biases that only choose experts by `rate` towards equal loads, after an optimizer step.
@@ -202,13 +218,7 @@ def update_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
         rate: how far a bias moves.
 
     Raises:
-        ModelError: a router of the model has none.
+        ModelError: the model has no such biases.
     """
-    for router, asked in zip(router_modules(model), counts.float(), strict=True):
-        bias = dict(router.named_buffers()).get("e_score_correction_bias")
-        if bias is None:
-            raise ModelError(
-                f"{type(router).__name__} has no bias that chooses experts; set the update rate to 0 and use the "
-                "balance loss"
-            )
+    for bias, asked in zip(selection_biases(model).values(), counts.float(), strict=True):
         bias.add_(rate * (asked.mean() - asked).sign())
