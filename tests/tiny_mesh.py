@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.data.assignment import assign
 from nemo_rl.data.batch import TokenBatch
+from nemo_rl.data.cost import ComputeCost
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics, merge, scalars
@@ -108,7 +110,8 @@ def train(job: Job, folder: Path, mesh: Mesh | None = None, **dtensor: Any) -> T
     backend = Watched(config, str(folder), tokenizer, with_reference=True, mesh=mesh)
     batch = job_batch(job, folder)
     if mesh is not None:
-        batch = batch.select(batch.assignment(mesh.sizes.data)[mesh.sizes.data_rank(mesh.rank)])
+        parts = assign(batch, mesh.sizes.data, ComputeCost(), whole_groups=job.objective == "dpo")
+        batch = batch.select(parts[mesh.sizes.data_rank(mesh.rank)])
     metrics, grads, logprobs = [], [], []
     for _ in range(3):
         logprobs.append(backend.logprobs(batch))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from nemo_rl.config.schema.moe import MoEConfig
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.mesh import Mesh
@@ -25,8 +26,10 @@ from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
+from nemo_rl.training.pytorch.experts import shard_experts
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
 from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.routing import Balance, selection_biases, use_float32_routers
 from nemo_rl.training.pytorch.shards import clip_grad_norm, local_part, whole
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
@@ -67,9 +70,14 @@ def _load(
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
     precision = precision_of(config.precision, device)
+    # sharded weights are their own masters
+    weights = precision.weights if mesh is None else torch.float32
+    model = _load_whole(config, source, head, tokenizer, device, weights)
+    if config.moe.float32_routers:
+        use_float32_routers(model.module)
     if mesh is None:
-        return _load_whole(config, source, head, tokenizer, device, precision.weights)
-    model = _load_whole(config, source, head, tokenizer, device, torch.float32)  # sharded weights are their own masters
+        shard_experts(model.module)
+        return model
     cast_to = None if precision.weights == torch.float32 else precision.weights
     return parallelize(model, mesh, config.dtensor_cfg, cast_to)
 
@@ -90,6 +98,13 @@ def _load_whole(
     module, _ = load_causal_lm(source, dtype=dtype, device=device)
     model = CausalLM.wrap(module.eval())
     return model.with_value_head() if head == "language_and_value" else model
+
+
+def _balance(config: MoEConfig, mesh: Mesh | None) -> Balance | None:
+    if not (config.balance_coefficient or config.bias_update_rate):
+        return None
+    group = None if mesh is None else mesh.sequences["data"].get_group()
+    return Balance(config.balance_coefficient, config.bias_update_rate, group)
 
 
 class PyTorchBackend:
@@ -124,6 +139,8 @@ class PyTorchBackend:
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
+        self._balance = _balance(config.moe, mesh)
+        self._biases = selection_biases(module) if config.moe.bias_update_rate else {}
         self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
@@ -133,6 +150,7 @@ class PyTorchBackend:
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,
+            agree=None if mesh is None else mesh.most,
             autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
@@ -141,7 +159,12 @@ class PyTorchBackend:
         """One optimizer step on the whole batch."""
         try:
             return train_step(
-                self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update
+                self._scorer,
+                batch,
+                objective,
+                max_tokens=self._config.train_mb_tokens,
+                update=self._update,
+                balance=self._balance,
             )
         finally:
             self._optimizer.zero_grad()  # also those of a step that failed halfway
@@ -212,7 +235,9 @@ class PyTorchBackend:
 
     def _state(self) -> TrainingState:
         identity = model_identity(self.model.module.config)
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._mesh is not None)
+        return TrainingState(
+            {**self._masters.named, **self._biases}, self._optimizer, self._scheduler, identity, self._mesh is not None
+        )
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""

@@ -18,6 +18,7 @@ from nemo_rl.config.schema.dtensor import DTensorConfig
 from nemo_rl.distributed.mesh import Mesh
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.scalar_model import ScalarModel
+from nemo_rl.training.pytorch.experts import expert_modules, shard_experts
 from nemo_rl.training.pytorch.tensor_parallel import apply_tensor_parallel, tensor_plan
 
 
@@ -60,6 +61,7 @@ def parallelize[M: (CausalLM, ScalarModel)](
         ConfigError: the model cannot be divided that way.
     """
     module = model.module
+    shard_experts(module, mesh.expert)
     is_divided = mesh.sizes.tensor > 1
     if is_divided:
         plan = tensor_plan(module, config.custom_parallel_plan)
@@ -74,9 +76,12 @@ def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype |
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     settings: Mapping[str, Any] = {"mesh": mesh.weights, "mp_policy": policy}
+    module = model.module
+    if mesh.sizes.expert > 1:  # the ranks that divide experts hold none of each other's
+        for _, experts in expert_modules(module):
+            fully_shard(experts, mesh=mesh.expert_weights, mp_policy=policy)
     for layer in cast(nn.ModuleList, model.trunk.layers):
         fully_shard(layer, **settings)
-    module = model.module
     module.run = MethodType(_call, module)  # pyright: ignore[reportAttributeAccessIssue]
     root = fully_shard(module, **settings, reshard_after_forward=False)
     register_fsdp_forward_method(module, "run")
