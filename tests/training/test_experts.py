@@ -120,20 +120,21 @@ def refuse(rank: int) -> None:
         shard_experts(tiny_model("mixtral"), init_device_mesh("cpu", (3,)))
 
 
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs_first", [True, False])
 @pytest.mark.parametrize("sizes", [(16, 24), (5, 7)])  # a kernel knows the first, a loop runs for the second
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 7, 0, 0], [0, 0, 0, 0]])
 def test_grouped_products_equal_a_loop(
-    counts: list[int], sizes: tuple[int, int], inputs_first: bool, dtype: torch.dtype
+    counts: list[int], sizes: tuple[int, int], inputs_first: bool, dtype: torch.dtype, device: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(sum(counts), sizes[0], generator=generator).to(dtype).requires_grad_()
+    rows = torch.randn(sum(counts), sizes[0], generator=generator).to(device, dtype).requires_grad_()
     shape = sizes if inputs_first else sizes[::-1]
-    weight = torch.randn(4, *shape, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(4, *shape, generator=generator).to(device, dtype).requires_grad_()
     output = grouped_product(rows, weight, counts, inputs_first=inputs_first)
     # a gradient whose rows do not lie one after the other
-    direction = torch.randn(sizes[1], sum(counts), generator=generator).to(dtype).t()
+    direction = torch.randn(sizes[1], sum(counts), generator=generator).to(device, dtype).t()
     found = torch.autograd.grad(output, (rows, weight), direction)
     exact_rows, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (rows, weight))
     matrices = exact_weight if inputs_first else exact_weight.transpose(1, 2)
