@@ -94,12 +94,12 @@ class _ShardedExperts:
         chosen = top_k_index.flatten()
         order = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=self.num_experts)  # pairs of a token and an expert, by expert
-        rows = hidden_states[order // top_k]
+        rows = hidden_states[order // top_k]  # its gradient is summed in float32 and in one order
         if self.group is None:
             rows = expert_rows(self.module, rows, counts.tolist())
         else:
             rows = self._on_their_ranks(rows, counts, self.group)
-        outputs = rows[order.argsort()].unflatten(0, (num_tokens, top_k))
+        outputs = rows.index_select(0, order.argsort()).unflatten(0, (num_tokens, top_k))
         return (outputs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _on_their_ranks(self, rows: Tensor, counts: Tensor, group: ProcessGroup) -> Tensor:
@@ -114,8 +114,8 @@ class _ShardedExperts:
         # they come sorted by rank, then by expert
         expert = torch.arange(received.shape[1]).repeat(size).repeat_interleave(received.flatten())
         by_expert = expert.argsort(stable=True).to(rows.device)
-        rows = expert_rows(self.module, rows[by_expert], received.sum(0).tolist())
-        return exchange(rows[by_expert.argsort()], num_received, num_sent, group)
+        rows = expert_rows(self.module, rows.index_select(0, by_expert), received.sum(0).tolist())
+        return exchange(rows.index_select(0, by_expert.argsort()), num_received, num_sent, group)
 
 
 def expert_rows(module: nn.Module, rows: Tensor, counts: list[int]) -> Tensor:
