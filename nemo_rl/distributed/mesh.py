@@ -35,6 +35,7 @@ class ParallelSizes:
         context: parts of every sequence.
         tensor: parts of every layer.
         expert: parts of the experts; divides `shard * context`.
+        folded: the stages run from the first pipeline rank to the last and back, so that the first has the results.
     """
 
     pipeline: int = 1
@@ -43,6 +44,7 @@ class ParallelSizes:
     context: int = 1
     tensor: int = 1
     expert: int = 1
+    folded: bool = False
 
     @classmethod
     def filling(
@@ -54,6 +56,7 @@ class ParallelSizes:
         context: int = 1,
         tensor: int = 1,
         expert: int = 1,
+        folded: bool = False,
     ) -> Self:
         """Give every rank that the other axes leave to `shard`.
 
@@ -72,7 +75,7 @@ class ParallelSizes:
                 f"expert_parallel_size {expert} does not divide the {shard * context} rank(s) among which weights are "
                 f"sharded ({shard} for data x {context} for context): choose one of their divisors"
             )
-        return cls(pipeline, replicate, shard, context, tensor, expert)
+        return cls(pipeline, replicate, shard, context, tensor, expert, folded)
 
     @property
     def world_size(self) -> int:
@@ -89,13 +92,14 @@ class ParallelSizes:
         return rank // (self.context * self.tensor) % self.data
 
     def speaks(self, rank: int) -> bool:
-        """Whether a rank answers for those that share its data: the first of the last pipeline stage."""
-        is_last_stage = rank // (self.world_size // self.pipeline) == self.pipeline - 1
-        return is_last_stage and rank % (self.context * self.tensor) == 0
+        """Whether a rank answers for those that share its data: the first of those with the last stage."""
+        last_stage = 0 if self.folded else self.pipeline - 1
+        return rank // (self.world_size // self.pipeline) == last_stage and rank % (self.context * self.tensor) == 0
 
     def __str__(self) -> str:
         """Name the axes that are divided: `shard 2 x tensor 2`."""
-        divided = [f"{axis.name} {getattr(self, axis.name)}" for axis in fields(self) if getattr(self, axis.name) > 1]
+        counts = {axis.name: getattr(self, axis.name) for axis in fields(self) if axis.name != "folded"}
+        divided = [f"{name} {count}" for name, count in counts.items() if count > 1]
         return " x ".join(divided) or "one rank"
 
 

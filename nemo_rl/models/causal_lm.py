@@ -10,6 +10,7 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.stream_model import StreamModel, take_plans
 from nemo_rl.objectives.logprobs import LogitHead, TokenHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
+from nemo_rl.objectives.vocabulary import UNDIVIDED, Vocabulary
 
 VALUE_HEAD = "value_head"
 """Name of the module of a value head, which is no part of the Hugging Face model."""
@@ -20,16 +21,18 @@ class CausalLM(StreamModel):
     """The policy. Training and a colocated sampler hold the same object, hence the very same weights.
 
     Attributes:
-        head: the LM head, [V, H].
+        head: the LM head, [V, H]; of a shared vocabulary this rank's rows.
         logit_scale: multiplies raw logits.
         softcap: soft cap of the logits (Gemma), or None.
         value_head: a critic on the same trunk, [1, H], or None.
+        vocabulary: which tokens the head's rows are.
     """
 
     head: nn.Linear
     logit_scale: float
     softcap: float | None
     value_head: nn.Linear | None = None
+    vocabulary: Vocabulary = UNDIVIDED
 
     @classmethod
     def wrap(cls, module: PreTrainedModel) -> "CausalLM":
@@ -69,7 +72,7 @@ class CausalLM(StreamModel):
 
     def logit_head(self) -> LogitHead:
         """The head, which shares its weights."""
-        return LogitHead(self.head.weight, self.head.bias, self.logit_scale, self.softcap)
+        return LogitHead(self.head.weight, self.head.bias, self.logit_scale, self.softcap, self.vocabulary)
 
     def token_head(
         self, *, temperature: float, chunk_size: int, truncation: Truncation = WHOLE, with_entropy: bool = True
@@ -82,6 +85,7 @@ class CausalLM(StreamModel):
             softcap=self.softcap,
             truncation=truncation,
             with_entropy=with_entropy,
+            vocabulary=self.vocabulary,
         )
 
 

@@ -67,20 +67,27 @@ class StreamModel:
         """Parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
-    def stream_hidden(self, stream: Stream) -> Tensor:
-        """Run the trunk over a micro-batch: last hidden states [S, H], S rounded up."""
+    def stream_hidden(self, stream: Stream, received: Tensor | None = None) -> Tensor:
+        """Run the trunk over a micro-batch: last hidden states [S, H], S rounded up.
+
+        Args:
+            stream: the micro-batch.
+            received: [1, S, H] that earlier layers on another rank made of it; None begins with the tokens.
+        """
         device = self.device
         stream = pad_stream(stream, self.runner.multiple)
         input_ids = stream.input_ids.to(device)
         if not self.takes_plans:
             return run_rows(self.trunk, input_ids, stream.tree)
-        return self.hidden(input_ids, stream.position_ids.to(device), TreeAttention(stream.tree, device))
+        plan = TreeAttention(stream.tree, device)
+        return self.hidden(input_ids, stream.position_ids.to(device), plan, received)
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, plan: AttentionPlan) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor, plan: AttentionPlan, received: Tensor | None = None
+    ) -> Tensor:
         """Run the trunk along a plan, which the model must take: int64 [S], int64 [S] -> last hidden states [S, H]."""
-        output = self.trunk(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, attention_plan=plan
-        )
+        begin = {"input_ids": input_ids[None]} if received is None else {"inputs_embeds": received}
+        output = self.trunk(**begin, position_ids=position_ids[None], use_cache=False, attention_plan=plan)
         return cast(Tensor, output.last_hidden_state)[0]
 
 

@@ -1,27 +1,22 @@
 """Log-probabilities of tokens from hidden states: the only file that knows which position predicts which token.
 
 The language-model head is the largest matrix product of a small model, and its logits [M, V] the largest tensor of a
-training step. `token_logprobs` never builds them whole. Forward it walks over chunks of tokens and keeps one number per
-token, the log-sum-exp; backward it walks over blocks of the vocabulary, where softmax = exp(logit - logsumexp) needs
-nothing else, so every block of the weight's gradient is one complete matrix product (no running sum, hence no loss in
-bfloat16) and only the small gradient of the hidden states is added up, in float32.
+training step: `token_logprobs` never builds them whole. All of them work on a vocabulary that several ranks share
+(`nemo_rl.objectives.vocabulary`), each with its own rows of the weight and of the bias.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from nemo_rl.errors import ConfigError
+from nemo_rl.objectives.chunked_head import ChunkedHead, accumulator
 from nemo_rl.objectives.truncation import WHOLE, Truncation, truncated_logits
-
-_BUFFERS = 4
-"""A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
-
+from nemo_rl.objectives.vocabulary import UNDIVIDED, Vocabulary, shared_input, topk_logprobs, whole_logits
 
 type Reads = Literal["logprobs", "distribution", "values", "head_values"]
 """What an objective is given: `TokenOutputs`, `distillation.DistributionOutputs` or `value.ScalarOutputs`, which as
@@ -48,21 +43,35 @@ class LogitHead:
     """A language-model head on its own: hidden states to whole logits.
 
     Attributes:
-        weight: [V, H].
-        bias: [V] or None.
+        weight: [V, H]; of a shared vocabulary this rank's rows.
+        bias: [V] or None; likewise.
         logit_scale: multiplies the raw logits.
         softcap: `cap * tanh(x / cap)` after the scale; None for no cap.
+        vocabulary: which tokens the rows are.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    vocabulary: Vocabulary = UNDIVIDED
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[m, H] -> logits [m, V], float32 (float64 for float64 weights)."""
+        """[m, H] -> logits [m, V] of all tokens on every rank, float32 (float64 for float64 weights)."""
+        return whole_logits(self._columns(shared_input(hidden, self.vocabulary)), self.vocabulary)
+
+    def topk(
+        self, hidden: Tensor, k: int, *, temperature: float = 1.0, vocab_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[m, H] -> log-probabilities [m, k] and ids; see `topk_logprobs`. The ranks exchange candidates alone."""
+        with torch.no_grad():
+            columns = self._columns(hidden) / temperature
+        return topk_logprobs(columns, k, self.vocabulary, vocab_size=vocab_size)
+
+    def _columns(self, hidden: Tensor) -> Tensor:
+        """The logits of this rank's tokens."""
         raw = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits = raw.to(_accumulator(raw.dtype))
+        logits = raw.to(accumulator(raw.dtype))
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
@@ -85,6 +94,7 @@ class TokenHead:
         softcap: Gemma's `cap * tanh(x / cap)` after the scale; None for no cap.
         truncation: of the distribution that the tokens were sampled from.
         with_entropy: whether to compute the entropies too; NaN if not.
+        vocabulary: which tokens the rows of the weight are.
     """
 
     temperature: float = 1.0
@@ -93,6 +103,7 @@ class TokenHead:
     softcap: float | None = None
     truncation: Truncation = WHOLE
     with_entropy: bool = True
+    vocabulary: Vocabulary = UNDIVIDED
 
     def __post_init__(self) -> None:
         _check(self.temperature, self.chunk_size)
@@ -104,7 +115,7 @@ class TokenHead:
 
         Args:
             hidden: [S, H], last hidden states of the stream (after the final norm).
-            weight: [V, H], of the head.
+            weight: [V, H], of the head; of a shared vocabulary this rank's rows, and so the bias.
             predictor: int64 [M], positions in the stream; repeats are allowed.
             target: int64 [M], token ids.
             bias: [V] or None.
@@ -122,15 +133,20 @@ class TokenHead:
                 chunk_size=self.chunk_size,
                 bias=bias,
                 with_entropy=self.with_entropy,
+                vocabulary=self.vocabulary,
             )
         return self._plain(rows, weight, target, bias)
 
     def _plain(self, rows: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the plain formula chunk by chunk; autograd differentiates it and checkpointing drops its logits."""
+        """Run the plain formula chunk by chunk; autograd differentiates it and checkpointing drops its logits.
+
+        Which tokens a truncation keeps depends on all of them, so the ranks of a shared vocabulary join each chunk.
+        """
+        rows = shared_input(rows, self.vocabulary)
 
         def score(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             return token_logprobs_from_logits(
-                F.linear(rows.to(weight.dtype), weight, bias),
+                whole_logits(F.linear(rows.to(weight.dtype), weight, bias), self.vocabulary),
                 target,
                 temperature=self.temperature,
                 logit_scale=self.logit_scale,
@@ -161,20 +177,26 @@ def token_logprobs(
     chunk_size: int = 256,
     bias: Tensor | None = None,
     with_entropy: bool = True,
+    vocabulary: Vocabulary = UNDIVIDED,
 ) -> tuple[Tensor, Tensor]:
     """Compute log softmax((hidden @ weight.T + bias) / temperature)[target] without ever holding all logits.
 
     The products run in the weight's dtype (autocast's under autocast), everything after them in float32 (float64 if the
     weight is). Differentiable once, with respect to `hidden`, `weight` and `bias`.
 
+    The ranks of a shared vocabulary all give the same hidden states and targets and get the same results. They exchange
+    a few numbers per token once, never logits; backward, the gradient of `hidden` is summed over them in here, and
+    that of `weight` and `bias` is of this rank's own rows.
+
     Args:
         hidden: [M, H], row m predicts `target[m]` (see `select_hidden`).
-        weight: [V, H].
+        weight: [V, H]; of a shared vocabulary this rank's rows, and so the bias.
         target: int64 [M].
         temperature: of the sampling distribution, positive.
         chunk_size: all temporary tensors together take at most the memory of `chunk_size` rows of logits.
         bias: [V] or None.
         with_entropy: whether to compute the entropies too; NaN if not.
+        vocabulary: which tokens the rows of the weight are.
 
     Returns:
         log-probabilities float32 [M] with gradient, entropies (nats) float32 [M] without.
@@ -186,8 +208,8 @@ def token_logprobs(
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        logprobs, entropy = _ChunkedHead.apply(
-            hidden, weight, bias, target, temperature, chunk_size, dtype, with_entropy
+        logprobs, entropy = ChunkedHead.apply(
+            hidden, weight, bias, target, temperature, chunk_size, dtype, with_entropy, vocabulary
         )
     return logprobs, entropy
 
@@ -223,7 +245,7 @@ def token_logprobs_from_logits(
         ConfigError: if the temperature is not positive.
     """
     _check(temperature)
-    scaled = logits.to(_accumulator(logits.dtype)) * logit_scale
+    scaled = logits.to(accumulator(logits.dtype)) * logit_scale
     if softcap is not None:
         scaled = softcap * torch.tanh(scaled / softcap)
     scaled = scaled / temperature
@@ -236,108 +258,6 @@ def token_logprobs_from_logits(
     if not with_entropy:
         return chosen, torch.full_like(chosen, torch.nan, requires_grad=False)
     return chosen, torch.special.entr(log_probabilities.detach().exp()).sum(-1)
-
-
-class _Context(Protocol):
-    """What the forward pass of the chunked head leaves for its backward pass."""
-
-    @property
-    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]: ...
-    @property
-    def needs_input_grad(self) -> tuple[bool, ...]: ...
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
-
-    temperature: float
-    chunk_size: int
-    dtype: torch.dtype
-
-
-class _ChunkedHead(torch.autograd.Function):
-    """Log-probability of each row's target and entropy of its distribution, as `token_logprobs` says."""
-
-    @staticmethod
-    def forward(
-        ctx: _Context,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        temperature: float,
-        chunk_size: int,
-        dtype: torch.dtype,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(target), dtype=_accumulator(dtype), device=hidden.device)
-        log_sum = torch.empty_like(logprobs)
-        entropy = torch.full_like(logprobs, torch.nan)
-        matrix = weight.to(dtype)
-        num_rows = max(1, chunk_size // _BUFFERS)
-        for start in range(0, len(target), num_rows):
-            rows = slice(start, start + num_rows)
-            logits = _logits(hidden[rows].to(dtype), matrix, bias, temperature)
-            highest = logits.amax(-1, keepdim=True)
-            chosen = logits.sub_(highest).gather(-1, target[rows, None]).squeeze(-1)
-            exponentials = logits.exp() if with_entropy else logits.exp_()
-            total = exponentials.sum(-1)
-            log_total = total.log()
-            logprobs[rows] = chosen - log_total
-            log_sum[rows] = log_total + highest.squeeze(-1)
-            if with_entropy:
-                entropy[rows] = log_total - logits.mul_(exponentials).sum(-1) / total
-        ctx.save_for_backward(hidden, weight, bias, target, log_sum)
-        ctx.temperature, ctx.chunk_size, ctx.dtype = temperature, chunk_size, dtype
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: _Context, grad_logprobs: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, log_sum = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_rest = ctx.needs_input_grad
-        rows = hidden.to(ctx.dtype)
-        grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if needs_hidden else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
-        scale = (grad_logprobs / ctx.temperature)[:, None]
-        num_columns = max(1, ctx.chunk_size * len(weight) // max(1, _BUFFERS * len(target)))
-        with torch.autocast(weight.device.type, enabled=False):
-            for start in range(0, len(weight), num_columns):
-                block = slice(start, start + num_columns)
-                matrix = weight[block].to(ctx.dtype)
-                logits = _logits(rows, matrix, None if bias is None else bias[block], ctx.temperature)
-                grad = _grad_logits(logits, target - start, log_sum, scale)
-                if grad_bias is not None:
-                    grad_bias[block] = grad.sum(0)
-                grad = grad.to(ctx.dtype)
-                if grad_hidden is not None:
-                    grad_hidden += grad @ matrix
-                if grad_weight is not None:
-                    grad_weight[block] = grad.T @ rows
-        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _grad_logits(logits: Tensor, column: Tensor, log_sum: Tensor, scale: Tensor) -> Tensor:
-    """Turn a block of logits [M, v] in place into scale * (onehot - softmax); targets outside [0, v) are elsewhere."""
-    grad = logits.sub_(log_sum[:, None]).exp_().mul_(-scale)
-    last = logits.shape[1] - 1
-    inside = ((column >= 0) & (column <= last))[:, None]
-    return grad.scatter_add_(1, column.clamp(0, last)[:, None], torch.where(inside, scale, 0.0))
-
-
-def _logits(rows: Tensor, matrix: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Compute the logits [m, v] of rows [m, H] for matrix [v, H]: a fresh tensor that may be overwritten."""
-    logits = F.linear(rows, matrix, None if bias is None else bias.to(matrix.dtype))
-    logits = logits.to(_accumulator(matrix.dtype))
-    return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _check(temperature: float, chunk_size: int = 1) -> None:

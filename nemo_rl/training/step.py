@@ -6,9 +6,10 @@ is cut into micro-batches changes nothing but the memory it takes.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,8 @@ from nemo_rl.objectives.distillation import DistributionOutputs
 from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenOutputs, select_hidden
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.objectives.value import ScalarOutputs
-from nemo_rl.training.pytorch.routing import (
-    Balance,
-    BalancePenalty,
-    balance_loss,
-    expert_counts,
-    record_routing,
-    routing_metrics,
-    update_biases,
-)
+from nemo_rl.training.passes import InOrder, Pass, Passes, arithmetic
+from nemo_rl.training.pytorch.routing import Balance, ExpertCounts, RouterWatch, update_biases
 
 type Outputs = TokenOutputs | DistributionOutputs | ScalarOutputs
 
@@ -53,6 +47,7 @@ class Scorer:
         packing: fills the micro-batches.
         agree: from the number of micro-batches of this rank to the number that every rank runs, a collective call; None
             where no other rank waits.
+        pipeline: runs the micro-batches where the layers are on several ranks; None runs them here, one by one.
         autocast: dtype to compute in when the weights are float32, or None.
         truncation: of the sampler.
         teachers: heads that the model is compared with.
@@ -65,6 +60,7 @@ class Scorer:
     min_shared: int = 8
     packing: PackingAlgorithm = "first_fit_decreasing"
     agree: Callable[[int], int] | None = None
+    pipeline: Passes | None = None
     autocast: torch.dtype | None = None
     truncation: Truncation = WHOLE
     teachers: tuple[LogitHead, ...] = ()
@@ -72,6 +68,11 @@ class Scorer:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def passes(self) -> Passes:
+        """What runs the micro-batches."""
+        return self.pipeline or InOrder(self.model, self.autocast)
 
     @property
     def _shares(self) -> bool:
@@ -89,34 +90,33 @@ class Scorer:
         """
         share, min_shared = self._shares, self.min_shared
         parts = cut(batch, max_tokens=max_tokens, algorithm=self.packing, share_prefixes=share, min_shared=min_shared)
-        missing = 0 if self.agree is None else self.agree(len(parts)) - len(parts)
+        needed = self.passes.count(len(parts))
+        missing = (needed if self.agree is None else self.agree(needed)) - len(parts)
         for indices in parts:
             yield batch.select(indices), True
         if missing:
             padding = padding_micro_batch(batch, max_tokens=max_tokens, share_prefixes=share, min_shared=min_shared)
             yield from [(padding, False)] * missing
 
-    def score(
-        self, batch: TokenBatch, reads: Reads = "logprobs", *, with_entropy: bool = True
-    ) -> tuple[Outputs, Stream]:
-        """Run the model over one micro-batch: outputs for its M loss tokens, and the stream that produced them.
+    def stream(self, micro_batch: TokenBatch) -> Stream:
+        """Lay a micro-batch out as the model sees it."""
+        return build_stream(micro_batch, share_prefixes=self._shares, min_shared=self.min_shared)
+
+    def outputs(self, hidden: Tensor, stream: Stream, reads: Reads, *, with_entropy: bool = True) -> Outputs:
+        """What is asked of the M loss tokens of a stream, from its last hidden states [S, H].
 
         Raises:
             BackendError: the model has no head for what is read.
         """
-        stream = build_stream(batch, share_prefixes=self._shares, min_shared=self.min_shared)
-        trunk_learns = torch.is_grad_enabled() and reads != "head_values"
         with self._arithmetic():
-            with torch.set_grad_enabled(trunk_learns):
-                hidden = self.model.stream_hidden(stream)
             match reads, self.model:
                 case "logprobs", CausalLM() as model:
-                    return self._token_outputs(model, hidden, stream, with_entropy), stream
+                    return self._token_outputs(model, hidden, stream, with_entropy)
                 case "distribution", CausalLM() as model:
                     rows = self._rows(hidden, stream)
-                    return DistributionOutputs(rows, self._logits(model), self.teachers), stream
+                    return DistributionOutputs(rows, self._logits(model), self.teachers)
                 case "values" | "head_values", ScalarModel(score=head) | CausalLM(value_head=nn.Linear() as head):
-                    return ScalarOutputs(scalar_values(head, self._rows(hidden, stream))), stream
+                    return ScalarOutputs(scalar_values(head, self._rows(hidden, stream)))
                 case _:
                     raise BackendError(
                         f"the objective reads {reads}, for which {type(self.model.module).__name__} has no head; train "
@@ -151,8 +151,15 @@ class Scorer:
 
         return logits
 
+    def topk_logprobs(self, rows: Tensor, k: int, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens after hidden states [m, H] of a language model: log-probabilities [m, k] and ids."""
+        assert isinstance(self.model, CausalLM)  # no other has distributions
+        with self._arithmetic():
+            head = self.model.logit_head()
+            return head.topk(rows, k, temperature=self.temperature, vocab_size=vocab_size)
+
     def _arithmetic(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        return arithmetic(self.model, self.autocast)
 
 
 def train_step(
@@ -177,75 +184,81 @@ def train_step(
     Returns:
         The objective's metrics, `update`'s, `loss`, the tokens given, with loss and computed, and how well they were
         packed: `packing_fill`, computed tokens per token of budget, and `tokens_computed_per_token`, computed tokens
-        per token that must enter the model. Of a mixture of experts also those of `routing_metrics`, and
-        `balance_loss` before its coefficient.
+        per token that must enter the model. Of a mixture of experts also what a `RouterWatch` tells.
 
     Raises:
         DataError: no token of the batch, or of any rank's that `scorer.agree` speaks for, carries loss.
         BackendError: the loss is not finite, or the model has no experts to balance; no weight has changed then.
     """
-    penalty = None if balance is None else _penalty(scorer, batch, objective, max_tokens, balance)
+    counts = None if balance is None else balance.total(_count_experts(scorer, batch, objective, max_tokens))
+    watch = RouterWatch(scorer.model.module, balance.coefficient if balance else 0.0, counts)
     parts: list[Metrics] = []
-    num_run = 0
-    for micro_batch, counts in scorer.cut(batch, max_tokens):
-        loss, metrics = _loss(scorer, micro_batch, objective, penalty if counts else None)
+
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Tensor) -> Tensor:
+        loss, metrics = _loss(scorer, micro_batch, objective, stream, hidden)
         if not math.isfinite(metrics["loss"].value):
             raise BackendError(
                 f"the loss is {metrics['loss'].value}; lower the learning rate or look at the rollouts of this step"
             )
-        loss.backward()
-        num_run += 1
         if counts:
             parts.append(metrics)
-    if not num_run:
+        return loss
+
+    if not scorer.passes.train(_passes(scorer, batch, objective, max_tokens, finish, watch)):
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
     updated = update()
-    if balance is not None and penalty is not None and balance.bias_rate:
-        update_biases(scorer.model.module, penalty.counts, balance.bias_rate)
-    return merge([*parts, updated, _packed(parts, batch, max_tokens, scorer.min_shared)])
+    if balance is not None and counts is not None and balance.bias_rate:
+        update_biases(scorer.model.module, counts, balance.bias_rate)
+    return merge([*parts, *watch.metrics, updated, _packed(parts, batch, max_tokens, scorer.min_shared)])
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
     """The objective's metrics and the loss of a batch, cut as in training; no gradient."""
-    with torch.no_grad():
-        run = [
-            (_loss(scorer, micro_batch, objective)[1], counts) for micro_batch, counts in scorer.cut(batch, max_tokens)
-        ]
+
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Tensor) -> tuple[Metrics, bool]:
+        return _loss(scorer, micro_batch, objective, stream, hidden)[1], counts
+
+    run = scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish))
     return merge(metrics for metrics, counts in run if counts)
 
 
-def _penalty(
-    scorer: Scorer, batch: TokenBatch, objective: Objective, max_tokens: int, balance: Balance
-) -> BalancePenalty:
-    """Count how often the predictions of the global batch choose each expert, before any of them is trained on."""
-    parts: list[Tensor] = []
+def _passes(
+    scorer: Scorer,
+    batch: TokenBatch,
+    objective: Objective,
+    max_tokens: int,
+    finish: Callable[[TokenBatch, bool, Stream, Tensor], Any],
+    watch: RouterWatch | ExpertCounts | None = None,
+) -> Iterator[Pass]:
     for micro_batch, counts in scorer.cut(batch, max_tokens):
-        score = partial(scorer.score, micro_batch, objective.reads, with_entropy=False)
-        with torch.no_grad(), record_routing(scorer.model.module) as routings:
-            _, stream = scorer.model.runner.run(score)
-        if not (routings and scorer.model.takes_plans):
-            raise BackendError(
-                f"{type(scorer.model.module).__name__} has no routers to be balanced on packed tokens; turn the balance"
-                " of experts off"
-            )
-        parts.append(expert_counts(routings, stream.predictor if counts else stream.predictor[:0]))
-    if not parts:
-        raise DataError("no token of the batch carries loss; drop such a batch before training on it")
-    return balance.penalty(torch.stack(parts).sum(0))
+        stream = scorer.stream(micro_batch)
+        within = nullcontext
+        if watch is not None and scorer.model.takes_plans:  # on padded rows, routers see padding too
+            within = partial(watch.over, stream.predictor, counts)
+        yield Pass(stream, partial(finish, micro_batch, counts, stream), objective.reads != "head_values", within)
+
+
+def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_tokens: int) -> Tensor:
+    """How often the predictions of the batch choose each expert of each layer here: int64 [layers, E]."""
+
+    def finish(*_: object) -> None: ...
+
+    counts = ExpertCounts(scorer.model.module)
+    for _ in scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish, counts)):
+        pass
+    if not counts.by_layer:
+        raise BackendError(
+            f"{type(scorer.model.module).__name__} has no routers to be balanced on packed tokens; set "
+            "policy.moe.balance_coefficient and policy.moe.bias_update_rate to 0"
+        )
+    return counts.stacked()
 
 
 def _loss(
-    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, penalty: BalancePenalty | None = None
+    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, stream: Stream, hidden: Tensor
 ) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch, a part of that of the batch, and its metrics."""
-    return scorer.model.runner.run(lambda: _score_loss(scorer, micro_batch, objective, penalty))
-
-
-def _score_loss(
-    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, penalty: BalancePenalty | None
-) -> tuple[Tensor, Metrics]:
-    with record_routing(scorer.model.module) as routings:
-        outputs, stream = scorer.score(micro_batch, objective.reads)
+    outputs = scorer.outputs(hidden, stream, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
     token_loss, metrics = objective(outputs, tokens)
     loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
@@ -255,12 +268,6 @@ def _score_loss(
         "loss_tokens": Sum(len(stream.target)),
         "micro_batches": Sum(1),
     }
-    if scorer.model.takes_plans:  # routers see padding otherwise
-        counted |= routing_metrics(routings)
-    if penalty is not None:
-        uneven = balance_loss(routings, stream.predictor, penalty.counts)
-        counted["balance_loss"] = Sum(uneven.item())
-        loss = loss + penalty.coefficient * uneven
     return loss, metrics | counted
 
 
@@ -296,11 +303,17 @@ def read_tokens(
         Of each micro-batch the outputs for its M loss tokens, and int64 [M] where these stand in the batch.
     """
     numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
-    for micro_batch, counts in scorer.cut(numbered, max_tokens):
-        with torch.no_grad():  # not around the yield, where it would hold for the caller too
-            outputs, stream = scorer.model.runner.run(partial(scorer.score, micro_batch, reads, with_entropy=False))
-        if counts:
-            yield outputs, micro_batch.token_columns["position"][stream.token_index]
+
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Tensor) -> tuple[Outputs, Tensor] | None:
+        where = micro_batch.token_columns["position"][stream.token_index]
+        return (scorer.outputs(hidden, stream, reads, with_entropy=False), where) if counts else None
+
+    def passes() -> Iterator[Pass]:
+        for micro_batch, counts in scorer.cut(numbered, max_tokens):
+            stream = scorer.stream(micro_batch)
+            yield Pass(stream, partial(finish, micro_batch, counts, stream))
+
+    yield from filter(None, scorer.passes.score(passes()))
 
 
 def _full(w):

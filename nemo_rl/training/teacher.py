@@ -28,11 +28,8 @@ def topk_logprobs(
     for outputs, where in read_tokens(scorer, batch, "distribution", max_tokens=max_tokens):
         assert isinstance(outputs, DistributionOutputs)
         for hidden, rows in zip(outputs.hidden.split(scorer.chunk_size), where.split(scorer.chunk_size), strict=True):
-            with torch.no_grad():
-                logits = outputs.head(hidden)[:, :vocab_size] / scorer.temperature
-            top = logits.topk(k)
-            logprobs[rows] = (top.values - logits.logsumexp(-1, keepdim=True)).cpu()
-            ids[rows] = top.indices.int().cpu()
+            likeliest, tokens = scorer.topk_logprobs(hidden, k, vocab_size)
+            logprobs[rows], ids[rows] = likeliest.cpu(), tokens.int().cpu()
     return logprobs, ids
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from nemo_rl.distributed.mesh import ParallelSizes
 from ranks import run_ranks
-from tiny_mesh import Job, Trained, compare, train, train_rank
+from tiny_mesh import MODEL, Job, Trained, compare, train, train_rank
 from tiny_models import tiny_model
 
 JOBS = [
-    Job("sft", share_prefixes=False, max_tokens=1024),
-    Job("grpo", share_prefixes=True, max_tokens=1025),
-    Job("dpo", share_prefixes=False, max_tokens=1026),
+    Job("sft", share_prefixes=False, max_tokens=24),
+    Job("grpo", share_prefixes=True, max_tokens=64),
+    Job("dpo", share_prefixes=False, max_tokens=80),
 ]
 """Plain rows, a shared prefix tree, packed pairs: several micro-batches on every rank in each."""
 
@@ -27,6 +27,24 @@ MESHES: dict[str, tuple[ParallelSizes, dict[str, Any], float]] = {
     "hsdp": (ParallelSizes(replicate=2, shard=2), {}, 0.51),
     "tp": (ParallelSizes(tensor=2), {}, 0.55),
     "tp-sp": (ParallelSizes(tensor=2), {"sequence_parallel": True}, 0.55),
+    "pp": (ParallelSizes(pipeline=2), {}, 0.6),
+    "pp-gpipe": (ParallelSizes(pipeline=2), {"pipeline_schedule": "GPipe"}, 0.6),
+    "pp-interleaved": (
+        ParallelSizes(pipeline=2),
+        {"pipeline_schedule": "Interleaved1F1B", "pipeline_stages_per_rank": 2},
+        0.6,
+    ),
+    "pp-zero-bubble": (
+        ParallelSizes(pipeline=2),
+        {"pipeline_schedule": "InterleavedZeroBubble", "pipeline_stages_per_rank": 2},
+        0.6,
+    ),
+    "pp-zbv": (
+        ParallelSizes(pipeline=2, folded=True),
+        {"pipeline_schedule": "ZBVZeroBubble", "pipeline_stages_per_rank": 2},
+        0.8,
+    ),
+    "pp-fsdp2": (ParallelSizes(pipeline=2, shard=2), {}, 0.3),
     "fsdp2-tp-sp": (ParallelSizes(shard=2, tensor=2), {"sequence_parallel": True}, 0.3),
 }
 """Sizes, settings of `dtensor_cfg`, and the largest share of the weights that a rank may hold."""
@@ -35,7 +53,7 @@ MESHES: dict[str, tuple[ParallelSizes, dict[str, Any], float]] = {
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parity") / "llama"
-    tiny_model("llama").save_pretrained(path)
+    tiny_model("llama", **MODEL).save_pretrained(path)
     return path
 
 

@@ -14,6 +14,7 @@ from nemo_rl.training.pytorch.backend import PyTorchBackend
 from nemo_rl.training.pytorch.shards import whole
 from ranks import run_ranks
 from tiny_batches import rollout_batch
+from tiny_mesh import own_part
 from tiny_models import embedded_folder, tiny_model
 
 MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
@@ -62,7 +63,7 @@ def run(
     if save is not None:
         batch = rollout_batch(tiny_model("llama"))
         if mesh is not None:
-            batch = batch.select(batch.assignment(sizes.data)[sizes.data_rank(rank)])
+            batch = own_part(batch, mesh)
         for _ in range(2):
             backend.train(batch, SupervisedObjective())
         backend.save(save)

@@ -1,8 +1,10 @@
 """Section `policy.dtensor_cfg`: over which ranks PyTorch spreads a model."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from nemo_rl.config.schema.base import PositiveInt, Section
+from pydantic import model_validator
+
+from nemo_rl.config.schema.base import PositiveInt, Section, conflict
 
 
 class DTensorConfig(Section):
@@ -24,6 +26,14 @@ class DTensorConfig(Section):
     pipeline_parallel_size: PositiveInt = 1
     """Ranks that hold different layers."""
 
+    pipeline_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"
+    ] = "1F1B"
+    """In which order micro-batches run through the stages, by PyTorch's name."""
+
+    pipeline_stages_per_rank: PositiveInt = 1
+    """Stages of a rank: 1 for `GPipe` and `1F1B`, 2 for `ZBVZeroBubble`, 2 or more for the others."""
+
     expert_parallel_size: PositiveInt = 1
     """Ranks that divide the experts of a layer among them, out of those that share its weights."""
 
@@ -34,3 +44,20 @@ class DTensorConfig(Section):
     """Which layers tensor parallelism divides and how: names with `*` for numbers, such as
     `model.layers.*.self_attn.q_proj: colwise`, or the import path of such a mapping or of a function of the model that
     makes one; None takes the plan of the model's own code."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise conflict(
+                "sequence_parallel divides tokens among tensor-parallel ranks: raise tensor_parallel_size or set it to"
+                " false",
+                "sequence_parallel",
+            )
+        single, per_rank = self.pipeline_schedule in ("GPipe", "1F1B"), self.pipeline_stages_per_rank
+        if self.pipeline_parallel_size > 1 and (single != (per_rank == 1)):
+            raise conflict(
+                f"{self.pipeline_schedule} runs {'one stage' if single else 'two or more stages'} a rank, not"
+                f" {per_rank}: change pipeline_stages_per_rank or pipeline_schedule",
+                "pipeline_stages_per_rank",
+            )
+        return self

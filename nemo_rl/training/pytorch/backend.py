@@ -30,7 +30,7 @@ from nemo_rl.training.pytorch.experts import shard_experts
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
 from nemo_rl.training.pytorch.parallelize import parallelize
 from nemo_rl.training.pytorch.routing import Balance, selection_biases, use_float32_routers
-from nemo_rl.training.pytorch.shards import clip_grad_norm, local_part, whole
+from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
 
@@ -66,20 +66,19 @@ type Head = Literal["language", "language_and_value", "scalar"]
 
 def _load(
     config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None
-) -> CausalLM | ScalarModel:
+) -> tuple[CausalLM | ScalarModel, Spread]:
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
     precision = precision_of(config.precision, device)
     # sharded weights are their own masters
-    weights = precision.weights if mesh is None else torch.float32
-    model = _load_whole(config, source, head, tokenizer, device, weights)
+    shards = mesh is not None and mesh.sizes.pipeline < mesh.sizes.world_size
+    model = _load_whole(config, source, head, tokenizer, device, torch.float32 if shards else precision.weights)
     if config.moe.float32_routers:
         use_float32_routers(model.module)
     if mesh is None:
         shard_experts(model.module)
-        return model
-    cast_to = None if precision.weights == torch.float32 else precision.weights
-    return parallelize(model, mesh, config.dtensor_cfg, cast_to)
+        return model, Alone()
+    return parallelize(model, mesh, config.dtensor_cfg, precision)
 
 
 def _load_whole(
@@ -130,11 +129,11 @@ class PyTorchBackend:
             with_reference: keep a frozen copy of the starting weights.
             mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
-        self.model = _load(config, source, head, tokenizer, mesh)
+        self._spread: Spread
+        self.model, self._spread = _load(config, source, head, tokenizer, mesh)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
-        self._mesh = mesh
         self._tokenizer = tokenizer
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
@@ -150,7 +149,8 @@ class PyTorchBackend:
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,
-            agree=None if mesh is None else mesh.most,
+            agree=self._spread.agree,
+            pipeline=self._spread.pipeline,
             autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,
         )
@@ -178,7 +178,7 @@ class PyTorchBackend:
         self._scorer = replace(self._scorer, teachers=tuple(head.to(self._scorer.device) for head in heads))
 
     def _update(self) -> Metrics:
-        norm = clip_grad_norm(self._masters.parameters, self._config.max_grad_norm)
+        norm = self._spread.clip(self._masters.named, self._config.max_grad_norm)
         rate = float(self._optimizer.param_groups[0]["lr"])
         if not norm < float("inf"):
             raise BackendError(
@@ -211,33 +211,24 @@ class PyTorchBackend:
         """
         if self._reference is None:
             raise BackendError("no reference weights were kept; set loss_fn.reference_policy_kl_penalty above 0")
-        self._swap(self._reference)
+        parameters = list(self.model.module.parameters())
+        self._spread.exchange(parameters, self._reference)
         try:
             yield
         finally:
-            self._swap(self._reference)
-
-    def _swap(self, other: list[Tensor]) -> None:
-        for i, parameter in enumerate(self.model.module.parameters()):
-            if self._mesh is None:
-                parameter.data, other[i] = other[i], parameter.data
-            else:  # FSDP knows the memory of a shard, so its content moves
-                local, kept = local_part(parameter.data), local_part(other[i])
-                now = local.clone()
-                local.copy_(kept)
-                kept.copy_(now)
+            self._spread.exchange(parameters, self._reference)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks at once."""
-        for name, parameter in self.model.module.named_parameters():
-            if not name.startswith(VALUE_HEAD):
-                yield name, whole(parameter).to(self.precision.weights)
+        named = self.model.module.named_parameters()
+        own = ((name, parameter) for name, parameter in named if not name.startswith(VALUE_HEAD))
+        for name, weight in self._spread.stream(own):
+            yield name, weight.to(self.precision.weights)
 
     def _state(self) -> TrainingState:
         identity = model_identity(self.model.module.config)
-        return TrainingState(
-            {**self._masters.named, **self._biases}, self._optimizer, self._scheduler, identity, self._mesh is not None
-        )
+        weights = {**self._masters.named, **self._biases}
+        return TrainingState(weights, self._optimizer, self._scheduler, identity, self._spread.is_shared)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
@@ -252,7 +243,7 @@ class PyTorchBackend:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
         dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
-        export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named)
+        export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named, self._spread)
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, device, precision, and how many optimizer steps were begun."""

@@ -23,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +31,7 @@ from nemo_rl.errors import CheckpointError
 from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.models.load import Identity
 from nemo_rl.training.pytorch.optim import advance
-from nemo_rl.training.pytorch.shards import whole
+from nemo_rl.training.pytorch.spread import Alone, Spread
 
 MANIFEST = "checkpoint.json"
 _BLOCK = 1 << 20
@@ -139,6 +138,7 @@ def export_hf(
     folder: Path,
     dtype: torch.dtype,
     weights: Mapping[str, Tensor] | None = None,
+    spread: Spread | None = None,
 ) -> None:
     """Write a model folder that plain Transformers loads: safetensors, configuration, tokenizer.
 
@@ -150,19 +150,20 @@ def export_hf(
         folder: made if it is not there.
         dtype: of the floating-point tensors in the files.
         weights: better ones by name, such as float32 masters.
+        spread: where the tensors are; None is here.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     tensors = {**dict(unique.values()), **(weights or {})}  # one name for tied weights, the first
-    leads = not any(isinstance(tensor, DTensor) for tensor in tensors.values()) or dist.get_rank() == 0
+    named = ((name, tensor) for name, tensor in tensors.items() if not name.startswith(VALUE_HEAD))
+    spread = spread or Alone()
+    leads = not spread.is_shared or dist.get_rank() == 0
     exported: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(VALUE_HEAD):
-            full = whole(tensor)
-            if leads:
-                exported[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype).contiguous()
+    for name, full in spread.stream(named):
+        if leads:
+            exported[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype).contiguous()
     if not leads:
         return
     with _failing_as(f"cannot write the model folder {folder}"):

@@ -16,9 +16,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from nemo_rl.config.schema.dtensor import DTensorConfig
 from nemo_rl.distributed.mesh import Mesh
+from nemo_rl.errors import ConfigError
 from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.precision import Precision
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.training.pytorch.experts import expert_modules, shard_experts
+from nemo_rl.training.pytorch.pipeline import SPLITS_BACKWARD, Pipeline, keep_stages, tied_embedding
+from nemo_rl.training.pytorch.spread import OverMesh
 from nemo_rl.training.pytorch.tensor_parallel import apply_tensor_parallel, tensor_plan
 
 
@@ -44,31 +48,43 @@ class FullySharded:
 
 
 def parallelize[M: (CausalLM, ScalarModel)](
-    model: M, mesh: Mesh, config: DTensorConfig, param_dtype: torch.dtype | None
-) -> M:
+    model: M, mesh: Mesh, config: DTensorConfig, precision: Precision
+) -> tuple[M, OverMesh]:
     """Spread a model over the ranks of a mesh, all of which call this with the same weights.
 
     Args:
         model: loaded whole, in the dtype that is trained.
         mesh: the ranks.
         config: section `policy.dtensor_cfg`.
-        param_dtype: what the weights are cast to where they are computed with; None is their own.
+        precision: what the weights are cast to where they are computed with.
 
     Returns:
-        The model to use from now on; its parameters are `DTensor`s.
+        The model to use from now on, and where its weights are.
 
     Raises:
         ConfigError: the model cannot be divided that way.
     """
-    module = model.module
+    sizes, module = mesh.sizes, model.module
+    tied = tied_embedding(model)
+    if sizes.pipeline > 1:
+        model = keep_stages(model, mesh.pipeline, config.pipeline_schedule, config.pipeline_stages_per_rank)
     shard_experts(module, mesh.expert)
-    is_divided = mesh.sizes.tensor > 1
-    if is_divided:
+    if sizes.tensor > 1:
         plan = tensor_plan(module, config.custom_parallel_plan)
-        apply_tensor_parallel(module, model.trunk, mesh.tensor, plan, sequence_parallel=config.sequence_parallel)
-    root = _shard(model, mesh, param_dtype)
-    multiple = mesh.sizes.tensor if config.sequence_parallel else 1
-    return replace(model, runner=FullySharded(root, multiple))
+        apply_tensor_parallel(model, mesh.tensor, plan, sequence_parallel=config.sequence_parallel)
+    if sizes.pipeline < sizes.world_size:
+        if sizes.pipeline > 1 and config.pipeline_schedule in SPLITS_BACKWARD:
+            raise ConfigError(
+                f"{config.pipeline_schedule} computes the gradients of weights apart, which sharded weights ({sizes}) "
+                "do not follow; set policy.dtensor_cfg.pipeline_schedule to 1F1B or Interleaved1F1B"
+            )
+        cast_to = None if precision.weights == torch.float32 else precision.weights
+        root = _shard(model, mesh, cast_to)
+        model = replace(model, runner=FullySharded(root, sizes.tensor if config.sequence_parallel else 1))
+    pipeline = None
+    if sizes.pipeline > 1:
+        pipeline = Pipeline(model, mesh.pipeline, config.pipeline_schedule, config.pipeline_stages_per_rank, precision)
+    return model, OverMesh(mesh, pipeline, tied)
 
 
 def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype | None) -> FSDPModule:
@@ -76,12 +92,13 @@ def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype |
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     settings: Mapping[str, Any] = {"mesh": mesh.weights, "mp_policy": policy}
-    module = model.module
     if mesh.sizes.expert > 1:  # the ranks that divide experts hold none of each other's
-        for _, experts in expert_modules(module):
+        for _, experts in expert_modules(model.module):
             fully_shard(experts, mesh=mesh.expert_weights, mp_policy=policy)
     for layer in cast(nn.ModuleList, model.trunk.layers):
-        fully_shard(layer, **settings)
+        if any(True for _ in layer.parameters()):  # not what another stage holds
+            fully_shard(layer, **settings)
+    module = model.module
     module.run = MethodType(_call, module)  # pyright: ignore[reportAttributeAccessIssue]
     root = fully_shard(module, **settings, reshard_after_forward=False)
     register_fsdp_forward_method(module, "run")

@@ -6,8 +6,9 @@ last one scores. Streams of a step are padded to one length, because what passes
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -17,11 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from nemo_rl.data.packing import Stream
 from nemo_rl.data.padding import pad_stream
-from nemo_rl.errors import ConfigError
+from nemo_rl.errors import ConfigError, NemoRLError
 from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.precision import Precision
 from nemo_rl.models.scalar_model import ScalarModel
+from nemo_rl.training.passes import Pass, arithmetic
 
 type Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"]
 
@@ -33,19 +35,6 @@ _FAMILIES = frozenset(
     {"llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "smollm3", "gemma3_text", "deepseek_v3"}
 )
 """Families whose trunk does nothing between embedding, layers and norm."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A micro-batch on its way through the stages.
-
-    Attributes:
-        stream: as the model sees it.
-        finish: called in the last stage with the last hidden states [S, H]; returns the loss [] where one is asked for.
-    """
-
-    stream: Stream
-    finish: Callable[[Tensor], Tensor | None]
 
 
 def stages_of(rank: int, num_ranks: int, schedule: str, per_rank: int) -> list[int]:
@@ -76,7 +65,14 @@ class _PassedOver(nn.Module):
 class Stage(nn.Module):
     """A run of layers with what stands before the first and behind the last of the model."""
 
-    def __init__(self, model: CausalLM | ScalarModel, index: int, num_stages: int, layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: CausalLM | ScalarModel,
+        index: int,
+        num_stages: int,
+        layers: Sequence[int],
+        autocast: torch.dtype | None,
+    ) -> None:
         """Take the layers of a model by their numbers; parameters are shared with it."""
         super().__init__()
         self.index, self.is_first, self.is_last = index, index == 0, index == num_stages - 1
@@ -89,19 +85,27 @@ class Stage(nn.Module):
         if not self.is_last:
             trunk.norm = nn.Identity()
         self.trunk = trunk
+        if self.is_last:  # where torch's schedules look for parameters
+            self.heads = nn.ModuleList(child for child in model.module.children() if child is not model.trunk)
         self.model: list[CausalLM | ScalarModel] = [replace(model, trunk=trunk)]  # in a list: not a second owner
-        self.parts: Sequence[Part] = ()
+        self.autocast = autocast
+        self.passes: Sequence[Pass] = ()
+        self.found: list[Any] = []
 
     def forward(self, received: Tensor, *, number: Tensor) -> Tensor:
         """Run micro-batch `number` int64 [1] on what the stage before gives: hidden states, or the loss in the end."""
-        part, model = self.parts[int(number)], self.model[0]
+        one, model = self.passes[int(number)], self.model[0]
 
         def run() -> Tensor:
-            hidden = model.stream_hidden(part.stream, None if self.is_first else received)
+            with arithmetic(model, self.autocast), one.within():
+                hidden = model.stream_hidden(one.stream, None if self.is_first else received)
             if not self.is_last:
-                return hidden[None]
-            loss = part.finish(hidden)
-            return hidden.new_zeros(()) if loss is None else loss
+                return hidden[None].clone()  # torch's schedules detach it in place, which a view forbids
+            found = one.finish(hidden if one.trunk_learns else hidden.detach() + 0 * hidden)
+            if isinstance(found, Tensor):
+                return found
+            self.found.append(found)
+            return hidden.new_zeros(())
 
         return model.runner.run(run)
 
@@ -110,7 +114,7 @@ class Pipeline:
     """The stages of this rank, and the schedule under which micro-batches run through all of them."""
 
     def __init__(
-        self, model: CausalLM | ScalarModel, mesh: DeviceMesh, schedule: str, per_rank: int, dtype: torch.dtype
+        self, model: CausalLM | ScalarModel, mesh: DeviceMesh, schedule: str, per_rank: int, precision: Precision
     ) -> None:
         """Make the stages of a model that `keep_stages` has cut down.
 
@@ -119,81 +123,91 @@ class Pipeline:
             mesh: the ranks of the pipeline.
             schedule: in torch's words.
             per_rank: stages of a rank.
-            dtype: of the hidden states that pass between stages.
+            precision: of the model; the hidden states that pass between stages are in its weights' dtype.
         """
-        self._mesh, self._schedule, self._dtype = mesh, schedule, dtype
+        self._mesh, self._schedule, self._dtype = mesh, schedule, precision.weights
         self._num_stages = mesh.size() * per_rank
         self._hidden_size = int(model.module.config.get_text_config().hidden_size)
         self._device, self._multiple = model.device, model.runner.multiple
         num_layers = len(cast(nn.ModuleList, model.trunk.layers))
-        own = stages_of(mesh.get_local_rank(), mesh.size(), schedule, per_rank)
-        self._stages = [Stage(model, i, self._num_stages, layers_of(i, self._num_stages, num_layers)) for i in own]
+        self._stages = [
+            Stage(model, i, self._num_stages, layers_of(i, self._num_stages, num_layers), precision.autocast)
+            for i in stages_of(mesh.get_local_rank(), mesh.size(), schedule, per_rank)
+        ]
 
     @property
-    def is_last(self) -> bool:
-        """Whether this rank holds the last stage, which alone has results."""
-        return self._stages[-1].is_last
+    def holds_both_ends(self) -> bool:
+        """Whether the first and the last stage are on one rank."""
+        return self._stages[0].is_first and self._stages[-1].is_last
 
-    def count(self, num_parts: int) -> int:
-        """How many micro-batches must run at least so that these can, for the schedule to be possible."""
+    def count(self, num_passes: int) -> int:
+        """How many micro-batches must be run for the schedule to be possible."""
         ranks = self._mesh.size()
-        least = max(num_parts, self._num_stages)
+        least = max(num_passes, self._num_stages)
         return least if self._schedule in ("GPipe", "1F1B") else -(-least // ranks) * ranks
 
-    def train(self, parts: Sequence[Part]) -> None:
-        """Run forward and backward for all of them; the gradients are added to those that are there."""
-        parts, width = self._aligned(parts)
-        numbers = torch.arange(len(parts), device=self._device)
+    def train(self, passes: Iterable[Pass]) -> int:
+        """Run forward and backward for all of them under the schedule."""
+        given, width = self._aligned(passes)
+        numbers = torch.arange(len(given), device=self._device)
         stages = [self._torch_stage(stage, width) for stage in self._stages]
         kind = get_schedule_class(self._schedule)
-        given: Any = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
-        schedule = kind(given, len(parts), loss_fn=lambda loss, _: loss, scale_grads=False)
-        for stage in self._stages:
-            stage.parts = parts
-        args = (numbers,) if self._stages[0].is_first else ()
-        target = torch.zeros(len(parts), device=self._device) if self.is_last else None
-        schedule.step(*args, target=target, return_outputs=False, number=numbers)
-        self._forget()
+        these: Any = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
+        schedule = kind(these, len(given), loss_fn=lambda loss, _: loss, scale_grads=False)
+        with self._running(given):
+            args = (numbers,) if self._stages[0].is_first else ()
+            target = torch.zeros(len(given), device=self._device) if self._stages[-1].is_last else None
+            schedule.step(*args, target=target, return_outputs=False, number=numbers)
+        return len(given)
 
-    @torch.no_grad()
-    def score(self, parts: Sequence[Part]) -> None:
-        """Run forward for all of them."""
-        parts, width = self._aligned(parts)
-        for stage in self._stages:
-            stage.parts = parts
-        for number in range(len(parts)):
-            for stage in self._stages:
-                self._forward(stage, number, width)
-        self._forget()
+    def score(self, passes: Iterable[Pass]) -> Iterator[Any]:
+        """Run forward for all of them; only the rank of the last stage has something to give."""
+        given, width = self._aligned(passes)
+        with self._running(given), torch.no_grad():
+            for number in range(len(given)):
+                handed_over = torch.empty(0, device=self._device)
+                for stage in self._stages:
+                    handed_over = self._forward(stage, number, width, handed_over)
+            found = self._stages[-1].found
+        return iter(found)
 
-    def _forward(self, stage: Stage, number: int, width: int) -> None:
-        group, ranks = self._mesh.get_group(), self._mesh.mesh.flatten().tolist()
-        holder = {
-            index: ranks[rank]
-            for rank in range(len(ranks))
-            for index in stages_of(rank, len(ranks), self._schedule, len(self._stages))
-        }
-        received = torch.empty(0, device=self._device)
-        if not stage.is_first:
-            source = holder[stage.index - 1]
-            if source == dist.get_rank():
-                received = self._handed_over
-            else:
-                received = torch.empty(1, width, self._hidden_size, dtype=self._dtype, device=self._device)
-                dist.recv(received, source, group)
+    def _forward(self, stage: Stage, number: int, width: int, handed_over: Tensor) -> Tensor:
+        """Run one micro-batch through one stage of this rank, with what comes from another rank or this one before."""
+        group, own = self._mesh.get_group(), self._mesh.get_local_rank()
+        received = handed_over
+        if not stage.is_first and (source := self._holder(stage.index - 1)) != own:
+            received = torch.empty(1, width, self._hidden_size, dtype=self._dtype, device=self._device)
+            dist.recv(received, group=group, group_src=source)
         output = stage(received, number=torch.tensor([number]))
-        if not stage.is_last:
-            target = holder[stage.index + 1]
-            if target == dist.get_rank():
-                self._handed_over = output
-            else:
-                dist.send(output.contiguous(), target, group)
+        if not stage.is_last and (target := self._holder(stage.index + 1)) != own:
+            dist.send(output.contiguous(), group=group, group_dst=target)
+        return output
 
-    def _aligned(self, parts: Sequence[Part]) -> tuple[list[Part], int]:
-        """The parts with streams of one length, and the tokens of it that a rank holds."""
-        longest = max(len(part.stream.input_ids) for part in parts)
+    def _holder(self, stage: int) -> int:
+        """The rank within the pipeline that holds a stage."""
+        size, per_rank = self._mesh.size(), len(self._stages)
+        return next(rank for rank in range(size) if stage in stages_of(rank, size, self._schedule, per_rank))
+
+    def _aligned(self, passes: Iterable[Pass]) -> tuple[list[Pass], int]:
+        """All of them, with streams of one length, and the tokens of it that pass between ranks."""
+        given = list(passes)
+        longest = max((len(one.stream.input_ids) for one in given), default=0)
         longest += -longest % self._multiple
-        return [replace(part, stream=pad_stream(part.stream, longest)) for part in parts], longest // self._multiple
+        return [replace(one, stream=pad_stream(one.stream, longest)) for one in given], longest // self._multiple
+
+    @contextmanager
+    def _running(self, passes: Sequence[Pass]) -> Generator[None]:
+        for stage in self._stages:
+            stage.passes, stage.found = passes, []
+        try:
+            yield
+        except RuntimeError as error:  # torch's schedules wrap what a stage raises
+            if isinstance(error.__cause__, NemoRLError):
+                raise error.__cause__ from None
+            raise
+        finally:
+            for stage in self._stages:
+                stage.passes = ()
 
     def _torch_stage(self, stage: Stage, width: int) -> PipelineStage:
         hidden = torch.empty(1, width, self._hidden_size, dtype=self._dtype, device="meta")
@@ -207,10 +221,6 @@ class Pipeline:
             output_args=loss.requires_grad_() if stage.is_last else hidden.detach().requires_grad_(),
             group=self._mesh.get_group(),
         )
-
-    def _forget(self) -> None:
-        for stage in self._stages:
-            stage.parts = ()
 
 
 def keep_stages[M: (CausalLM, ScalarModel)](model: M, mesh: DeviceMesh, schedule: str, per_rank: int) -> M:
@@ -247,13 +257,17 @@ def keep_stages[M: (CausalLM, ScalarModel)](model: M, mesh: DeviceMesh, schedule
     if not has_head:
         trunk.norm = nn.Identity()
         model = _without_head(model)
-    if 0 not in own and not (has_head and _is_tied(model)):
+    if 0 not in own and not (has_head and tied_embedding(model)):
         trunk.embed_tokens = nn.Identity()
     return model
 
 
-def _is_tied(model: CausalLM | ScalarModel) -> bool:
-    return isinstance(model, CausalLM) and model.head.weight is model.module.get_input_embeddings().weight
+def tied_embedding(model: CausalLM | ScalarModel) -> str | None:
+    """Name of the embedding's weight if it is the head's as well."""
+    embedding = model.module.get_input_embeddings()
+    if not isinstance(model, CausalLM) or model.head.weight is not embedding.weight:
+        return None
+    return next(name for name, parameter in model.module.named_parameters() if parameter is embedding.weight)
 
 
 def _without_head[M: (CausalLM, ScalarModel)](model: M) -> M:

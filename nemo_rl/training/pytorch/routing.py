@@ -3,9 +3,9 @@
 Applied from outside to the routers of Transformers, which return logits, weights and the chosen experts.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.func import functional_call
 
 from nemo_rl.errors import ModelError
-from nemo_rl.metrics import Max, Mean, Metrics
+from nemo_rl.metrics import Max, Mean, Metrics, Sum
 from nemo_rl.training.pytorch.experts import expert_modules
 
 
@@ -72,22 +72,161 @@ class Routing:
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Generator[list[Routing]]:
-    """Collect what the routers do in the forward passes within, layer after layer; nothing if the model is dense."""
-    routings: list[Routing] = []
+def watched_routers(model: nn.Module, note: Callable[[int, Routing], Tensor | None]) -> Generator[None]:
+    """Call `note` with a router's number and what it did, whenever one runs within; never if the model is dense.
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        del module, inputs
+    A scalar that it returns joins the loss: the backward pass that reaches the router's weights runs through it too,
+    with a gradient of 1, wherever the loss itself is computed (a later stage of a pipeline).
+    """
+
+    def hook(number: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        floating = [output for output in outputs if output.is_floating_point()]
+        logits = max(floating, key=lambda output: output.shape[-1])
         chosen = next(output for output in outputs if not output.is_floating_point())
-        logits = max((output for output in outputs if output.is_floating_point()), key=lambda output: output.shape[-1])
-        routings.append(Routing(logits, chosen))
+        addend = note(number, Routing(logits, chosen))
+        if addend is None:
+            return None
+        weights = next(output for output in floating if output is not logits)
+        return tuple(_Join.apply(weights, addend) if output is weights else output for output in outputs)
 
-    hooks = [router.register_forward_hook(note) for router in router_modules(model)]
+    hooks = [
+        router.register_forward_hook(lambda _, inputs, outputs, number=number: hook(number, outputs))
+        for number, router in enumerate(router_modules(model))
+    ]
     try:
-        yield routings
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for each in hooks:
+            each.remove()
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, addend: Tensor) -> Tensor:
+        ctx.save_for_backward(addend)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.ones_like(ctx.saved_tensors[0])
+
+
+def expert_counts(routing: Routing, tokens: Tensor) -> Tensor:
+    """How often each expert is chosen by `tokens` int64 [M] of a stream: int64 [E]."""
+    chosen = routing.chosen[tokens.to(routing.chosen.device)]
+    return chosen.flatten().bincount(minlength=routing.logits.shape[-1])
+
+
+def balance_loss(routing: Routing, tokens: Tensor, counts: Tensor) -> Tensor:
+    """Load-balancing loss of a layer in a micro-batch, a part of that in the global batch.
+
+    `E * sum_e f_e P_e`: f_e is the number of times that a token chooses expert e, P_e its mean probability, a softmax
+    of the logits (Fedus et al. 2022, https://arxiv.org/abs/2101.03961, equations 4 to 6). It is K where all experts are
+    asked alike. f_e has no gradient, so with `counts` from the global batch the parts add up to the loss and the
+    gradient of the whole, however it is cut (https://arxiv.org/abs/2501.11873).
+
+    Args:
+        routing: of the micro-batch.
+        tokens: int64 [M], stream positions that count.
+        counts: int64 [E], `expert_counts` of the global batch.
+
+    Returns:
+        A scalar in float32.
+    """
+    asked = counts.float()
+    num_tokens = asked.sum() / routing.chosen.shape[1]
+    probability = routing.logits[tokens.to(routing.logits.device)].float().softmax(-1).sum(0) / num_tokens
+    return len(asked) * (asked / num_tokens * probability).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Keep the experts of a mixture equally busy.
+
+    The tokens that count are those whose prediction carries loss, once for each such prediction, so that neither
+    packing nor sharing of prefixes changes anything. Both means need the counts of the whole global batch before its
+    first backward pass; they are taken in a forward pass of their own.
+
+    Attributes:
+        coefficient: of `balance_loss`, summed over layers; 0 adds none.
+        bias_rate: of `update_biases`; 0 changes none.
+        group: the ranks that share a global batch; None is this process alone.
+    """
+
+    coefficient: float = 0.0
+    bias_rate: float = 0.0
+    group: ProcessGroup | None = None
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Add up the ranks' counts, int64 [layers, E]."""
+        if self.group is not None:
+            dist.all_reduce(counts, group=self.group)
+        return counts
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """Counts how often predictions choose each expert, over several micro-batches.
+
+    Attributes:
+        model: whose routers are watched.
+        by_layer: int64 [E] for each router so far, by its number.
+    """
+
+    model: nn.Module
+    by_layer: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+    def over(self, tokens: Tensor, counts: bool) -> AbstractContextManager[None]:
+        """Watch a micro-batch in which `tokens` int64 [M] predict; padding does not count."""
+
+        def note(number: int, routing: Routing) -> None:
+            found = expert_counts(routing, tokens if counts else tokens[:0])
+            self.by_layer[number] = self.by_layer.get(number, 0) + found
+
+        return watched_routers(self.model, note)
+
+    def stacked(self) -> Tensor:
+        """All of them, int64 [layers, E]."""
+        return torch.stack([self.by_layer[number] for number in sorted(self.by_layer)])
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWatch:
+    """Describes what the routers do in the micro-batches of a step, and lets the balance loss join theirs.
+
+    Attributes:
+        model: whose routers are watched.
+        coefficient: of `balance_loss`.
+        counts: int64 [layers, E] of the global batch; None adds no balance loss.
+        metrics: of each micro-batch so far that counts: those of `routing_metrics`, and `balance_loss` before its
+            coefficient, summed over layers.
+    """
+
+    model: nn.Module
+    coefficient: float = 0.0
+    counts: Tensor | None = None
+    metrics: list[Metrics] = field(default_factory=list[Metrics])
+
+    @contextmanager
+    def over(self, tokens: Tensor, counts: bool) -> Generator[None]:
+        """Watch a micro-batch in which `tokens` int64 [M] predict; padding does not count."""
+        routings: list[Routing] = []
+        uneven: list[Tensor] = []
+
+        def note(number: int, routing: Routing) -> Tensor | None:
+            routings.append(Routing(routing.logits.detach(), routing.chosen))
+            if self.counts is None or not counts:
+                return None
+            loss = balance_loss(routing, tokens, self.counts[number])
+            uneven.append(loss.detach())
+            return self.coefficient * loss
+
+        with watched_routers(self.model, note):
+            yield
+        if counts:
+            self.metrics.append(routing_metrics(routings))
+        if uneven:
+            self.metrics.append({"balance_loss": Sum(float(torch.stack(uneven).sum()))})
 
 
 @torch.no_grad()
@@ -101,92 +240,18 @@ def routing_metrics(routings: Sequence[Routing]) -> Metrics:
     """
     if not routings:
         return {}
-    counts = expert_counts(routings).double()
-    busiest = counts.amax(1) / counts.mean(1).clamp_min(1e-9)
-    entropy = sum(torch.distributions.Categorical(logits=each.logits.float()).entropy().sum() for each in routings)
-    asked, most, idle, total = torch.stack(
-        [busiest.sum(), busiest.max(), (counts == 0).sum(), torch.as_tensor(entropy).double().to(counts.device)]
-    ).tolist()
+    everyone = [torch.arange(len(each.chosen)) for each in routings]
+    counts = torch.stack([expert_counts(each, tokens) for each, tokens in zip(routings, everyone, strict=True)])
+    busiest = counts.amax(1) / counts.double().mean(1).clamp_min(1e-9)
+    entropy = [torch.distributions.Categorical(logits=each.logits.float()).entropy().sum() for each in routings]
+    figures = [busiest.sum(), busiest.max(), (counts == 0).sum(), torch.stack(entropy).sum()]
+    total, most, idle, spread = torch.stack([figure.double() for figure in figures]).tolist()
     return {
-        "experts/busiest": Mean(asked, len(busiest)),
+        "experts/busiest": Mean(total, len(busiest)),
         "experts/busiest_max": Max(most),
         "experts/idle": Mean(idle, counts.numel()),
-        "experts/router_entropy": Mean(total, sum(len(each.logits) for each in routings)),
+        "experts/router_entropy": Mean(spread, sum(len(each.logits) for each in routings)),
     }
-
-
-def expert_counts(routings: Sequence[Routing], tokens: Tensor | None = None) -> Tensor:
-    """How often each expert is chosen, int64 [layers, E]; `tokens` int64 [M] counts those of a stream, None all."""
-    return torch.stack(
-        [
-            (each.chosen if tokens is None else each.chosen[tokens.to(each.chosen.device)])
-            .flatten()
-            .bincount(minlength=each.logits.shape[-1])
-            for each in routings
-        ]
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """Keep the experts of a mixture equally busy.
-
-    The tokens that count are those whose prediction carries loss, once for each such prediction, so that neither
-    packing nor sharing of prefixes changes anything. Both means need the counts of the whole global batch before its
-    first backward pass; they are taken in a forward pass of their own.
-
-    Attributes:
-        coefficient: of `balance_loss`; 0 adds none.
-        bias_rate: of `update_biases`; 0 changes none.
-        group: the ranks that share a global batch; None is this process alone.
-    """
-
-    coefficient: float = 0.0
-    bias_rate: float = 0.0
-    group: ProcessGroup | None = None
-
-    def penalty(self, counts: Tensor) -> "BalancePenalty":
-        """Give what the micro-batches of a step need, from this rank's `expert_counts`; all ranks must ask."""
-        if self.group is not None:
-            dist.all_reduce(counts, group=self.group)
-        return BalancePenalty(self.coefficient, counts)
-
-
-@dataclass(frozen=True, slots=True)
-class BalancePenalty:
-    """How the loss of a step's micro-batches punishes uneven loads.
-
-    Attributes:
-        coefficient: of `balance_loss`.
-        counts: int64 [layers, E], `expert_counts` of the global batch.
-    """
-
-    coefficient: float
-    counts: Tensor
-
-
-def balance_loss(routings: Sequence[Routing], tokens: Tensor, counts: Tensor) -> Tensor:
-    """Load-balancing loss of a micro-batch, a part of that of the global batch.
-
-    `E * sum_e f_e P_e`, mean over layers: f_e is the number of times that a token chooses expert e, P_e its mean
-    probability, a softmax of the logits (Fedus et al. 2022, https://arxiv.org/abs/2101.03961, equations 4 to 6). It is
-    K where all experts are asked alike. f_e has no gradient, so with `counts` from the global batch the parts add up to
-    the loss and the gradient of the whole, however it is cut (https://arxiv.org/abs/2501.11873).
-
-    Args:
-        routings: of the micro-batch, one for each layer.
-        tokens: int64 [M], stream positions that count.
-        counts: int64 [layers, E], `expert_counts` of the global batch.
-
-    Returns:
-        A scalar in float32.
-    """
-    parts: list[Tensor] = []
-    for each, asked in zip(routings, counts.float(), strict=True):
-        num_tokens = asked.sum() / each.chosen.shape[1]
-        probability = each.logits[tokens.to(each.logits.device)].float().softmax(-1).sum(0) / num_tokens
-        parts.append(len(asked) * (asked / num_tokens * probability).sum())
-    return torch.stack(parts).mean()
 
 
 def selection_biases(model: nn.Module) -> dict[str, Tensor]:
@@ -214,7 +279,7 @@ def update_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
 
     Args:
         model: with routers that have such a bias.
-        counts: int64 [layers, E], `expert_counts` of the global batch.
+        counts: int64 [layers, E] of the global batch.
         rate: how far a bias moves.
 
     Raises:

@@ -37,6 +37,7 @@ def clip_grad_norm(
     parameters: Iterable[nn.Parameter],
     max_norm: float | None,
     combine: Callable[[Tensor], Tensor] | None = None,
+    counted_elsewhere: nn.Parameter | None = None,
 ) -> float:
     """Scale the gradients down to a total 2-norm of `max_norm`, all by one factor.
 
@@ -45,16 +46,19 @@ def clip_grad_norm(
             meshes; each counts once, however many ranks hold it.
         max_norm: None only measures.
         combine: adds up the squared norms [] of ranks that hold different parameters (pipeline stages).
+        counted_elsewhere: one that another of those ranks holds too, and counts.
 
     Returns:
         The norm before scaling. If it is not finite the gradients are left as they are, for the caller to drop.
     """
     groups = by_mesh(dict.fromkeys(parameters))
-    norms = [norm for group in groups if (norm := _norm(group)) is not None]
-    square = torch.stack([norm.square() for norm in norms]).sum() if len(norms) > 1 or combine else None
-    if combine is not None and square is not None:
-        square = combine(square)
-    norm = norms[0] if square is None else square.sqrt()
+    counted = ([p for p in group if p is not counted_elsewhere] for group in groups)
+    norms = [norm for group in counted if (norm := _norm(group)) is not None]
+    if combine is not None or len(norms) > 1:
+        square = torch.stack([norm.square() for norm in norms]).sum()
+        norm = (square if combine is None else combine(square)).sqrt()
+    else:
+        norm = norms[0] if norms else torch.tensor(0.0)
     value = float(norm)
     if max_norm is not None and max_norm < value < float("inf"):
         for group in groups:

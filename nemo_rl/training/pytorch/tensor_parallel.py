@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 
 from nemo_rl.errors import ConfigError
 from nemo_rl.import_path import load_object
+from nemo_rl.models.stream_model import StreamModel
 
 _TOKENS, _HEADS = 1, 2
 """Dimensions of [1, S, H] and [1, S, A, D]."""
@@ -61,14 +61,11 @@ def tensor_plan(model: PreTrainedModel, custom: str | Mapping[str, str] | None) 
     return plan
 
 
-def apply_tensor_parallel(
-    model: PreTrainedModel, trunk: nn.Module, mesh: DeviceMesh, plan: Plan, *, sequence_parallel: bool
-) -> None:
+def apply_tensor_parallel(stream_model: StreamModel, mesh: DeviceMesh, plan: Plan, *, sequence_parallel: bool) -> None:
     """Divide the layers of a model, its embedding and its head over the ranks of a one-dimensional mesh, in place.
 
     Args:
-        model: the whole model; every rank holds all of it before.
-        trunk: the model without its head.
+        stream_model: every rank holds all of it before.
         mesh: of the tensor-parallel ranks.
         plan: see `tensor_plan`.
         sequence_parallel: divide the residual stream over its tokens too; their number must be divisible then.
@@ -76,6 +73,7 @@ def apply_tensor_parallel(
     Raises:
         ConfigError: the heads cannot be divided, or the plan names what is not there.
     """
+    model, trunk = stream_model.module, stream_model.trunk
     _check_heads(model, mesh.size())
     styles = _matched(model, plan)
     blocks = _divided_blocks(trunk, model, styles) if sequence_parallel else {}
@@ -83,7 +81,7 @@ def apply_tensor_parallel(
         parallelize_module(module, mesh, _style(name, style, blocks))
     _divide_vocabulary(model, mesh, sequence_parallel)
     if sequence_parallel:
-        _divide_tokens(trunk, mesh, {module: whole for module, whole in blocks.values()})
+        _divide_tokens(trunk, mesh, dict(blocks.values()))
 
 
 def _check_heads(model: PreTrainedModel, size: int) -> None:
@@ -156,12 +154,12 @@ def _style(name: str, style: str, blocks: _Blocks) -> ParallelStyle:
 def _divide_vocabulary(model: PreTrainedModel, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Divide embedding and head over the vocabulary; one of a kind of its own stays whole, and what is tied to it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding.weight
+    is_tied = isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
     is_plain = type(embedding) is nn.Embedding
     if is_plain:
         output = Shard(_TOKENS) if sequence_parallel else Replicate()
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=output))
-    elif sequence_parallel:
+    elif sequence_parallel and not isinstance(embedding, nn.Identity):
         embedding.register_forward_hook(lambda _, __, output: scatter_tokens(output, mesh))
     if isinstance(head, nn.Linear) and (is_plain or not is_tied):
         weight = embedding.weight if is_tied else _divided(head.weight, mesh)
@@ -183,6 +181,8 @@ def _divide_tokens(trunk: nn.Module, mesh: DeviceMesh, blocks: Mapping[nn.Module
             elif any(True for _ in child.parameters()):
                 parallelize_module(child, mesh, SequenceParallel(use_local_output=True))
     norm = cast(nn.Module, trunk.norm if hasattr(trunk, "norm") else trunk.final_layernorm)
+    if isinstance(norm, nn.Identity):
+        return  # of a pipeline stage that another one follows
     parallelize_module(norm, mesh, SequenceParallel(use_local_output=True))
     norm.register_forward_hook(lambda _, __, output: gather_tokens(output, mesh).to_local())
 

@@ -1,0 +1,134 @@
+"""What differs between a model on one rank and one that is spread over several."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_rl.distributed.mesh import Mesh
+from nemo_rl.training.pytorch.pipeline import Pipeline
+from nemo_rl.training.pytorch.shards import clip_grad_norm, local_part, whole
+
+
+class Spread(Protocol):
+    """Where the weights of a model are.
+
+    Attributes:
+        is_shared: several ranks hold them, and all of them take part in every call.
+        agree: see `nemo_rl.training.step.Scorer`.
+        pipeline: runs the model if its layers are on several ranks.
+    """
+
+    is_shared: bool
+    agree: Callable[[int], int] | None
+    pipeline: Pipeline | None
+
+    def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
+        """Clip the gradients of all ranks to a total norm; returns the norm before."""
+        ...
+
+    def stream(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of all ranks by name, each whole and once, without gradient."""
+        ...
+
+    def exchange(self, parameters: Sequence[Tensor], other: list[Tensor]) -> None:
+        """Let parameters and others of their shapes change places."""
+        ...
+
+
+class Alone:
+    """All weights are here."""
+
+    is_shared = False
+    agree = None
+    pipeline = None
+
+    def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
+        return clip_grad_norm(named.values(), max_norm)
+
+    def stream(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.detach()) for name, tensor in named)
+
+    def exchange(self, parameters: Sequence[Tensor], other: list[Tensor]) -> None:
+        """No tensor is copied."""
+        for i, parameter in enumerate(parameters):
+            parameter.data, other[i] = other[i], parameter.data
+
+
+class OverMesh:
+    """The ranks of a mesh hold them."""
+
+    is_shared = True
+
+    def __init__(self, mesh: Mesh, pipeline: Pipeline | None, tied: str | None) -> None:
+        """Take the mesh.
+
+        Args:
+            mesh: the ranks.
+            pipeline: the stages, if there are several.
+            tied: name of an embedding that is the head as well, and that the first and the last stage hold therefore.
+        """
+        self.pipeline = pipeline
+        self.agree = mesh.most
+        self._mesh = mesh
+        self._stages = mesh.pipeline.mesh.flatten().tolist()
+        self._tied = tied if len(self._stages) > 1 else None
+
+    def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
+        if self.pipeline is None:
+            return clip_grad_norm(named.values(), max_norm)
+        twice = self._add_tied(named)
+        group = self._mesh.pipeline.get_group()
+
+        def combine(square: Tensor) -> Tensor:
+            dist.all_reduce(square, group=group)
+            return square
+
+        return clip_grad_norm(named.values(), max_norm, combine, counted_elsewhere=twice)
+
+    def _add_tied(self, named: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
+        """Add up the gradients of an embedding that two stages hold; returns the last stage's, which is the same."""
+        first, last, own = self._stages[0], self._stages[-1], dist.get_rank()
+        if self._tied is None or own not in (first, last) or self._tied not in named:
+            return None
+        if self.pipeline is not None and self.pipeline.holds_both_ends:
+            return None
+        parameter = named[self._tied]
+        assert parameter.grad is not None
+        mine = local_part(parameter.grad)
+        theirs, peer = torch.empty_like(mine), last if own == first else first
+        ops = [dist.P2POp(dist.isend, mine.contiguous(), peer), dist.P2POp(dist.irecv, theirs, peer)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        mine.add_(theirs)
+        return parameter if own == last else None
+
+    def stream(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        if len(self._stages) == 1:
+            yield from ((name, whole(tensor)) for name, tensor in named)
+            return
+        group, own = self._mesh.pipeline.get_group(), dict(named)
+        seen: set[str] = set()
+        for rank in self._stages:
+            here = rank == dist.get_rank()
+            listed: list[Any] = [[(name, t.shape, t.dtype) for name, t in own.items()] if here else None]
+            dist.broadcast_object_list(listed, rank, group)
+            for name, shape, dtype in listed[0]:
+                if name in seen:
+                    continue
+                seen.add(name)
+                full = (
+                    whole(own[name]).contiguous() if here else torch.empty(shape, dtype=dtype, device=self._mesh.device)
+                )
+                dist.broadcast(full, rank, group)
+                yield name, full
+
+    def exchange(self, parameters: Sequence[Tensor], other: list[Tensor]) -> None:
+        """Their content moves, because FSDP knows the memory of a shard."""
+        for parameter, kept in zip(parameters, other, strict=True):
+            here, there = local_part(parameter.detach()), local_part(kept)
+            now = here.clone()
+            here.copy_(there)
+            there.copy_(now)
