@@ -179,7 +179,7 @@ def train_step(
         objective: gives every loss token's loss.
         max_tokens: budget of a micro-batch in computed tokens.
         update: applies the accumulated gradients and returns its own metrics.
-        balance: how the experts of a mixture are kept equally busy, or None.
+        balance: how the experts of a mixture are kept equally busy (see `Balance.check`), or None.
 
     Returns:
         The objective's metrics, `update`'s, `loss`, the tokens given, with loss and computed, and how well they were
@@ -188,7 +188,7 @@ def train_step(
 
     Raises:
         DataError: no token of the batch, or of any rank's that `scorer.agree` speaks for, carries loss.
-        BackendError: the loss is not finite, or the model has no experts to balance; no weight has changed then.
+        BackendError: the loss is not finite; no weight has changed then.
     """
     counts = None if balance is None else balance.total(_count_experts(scorer, batch, objective, max_tokens))
     watch = RouterWatch(scorer.model.module, balance.coefficient if balance else 0.0, counts)
@@ -246,11 +246,6 @@ def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_
     counts = ExpertCounts(scorer.model.module)
     for _ in scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish, counts)):
         pass
-    if not counts.by_layer:
-        raise BackendError(
-            f"{type(scorer.model.module).__name__} has no routers to be balanced on packed tokens; set "
-            "policy.moe.balance_coefficient and policy.moe.bias_update_rate to 0"
-        )
     return counts.stacked()
 
 

@@ -18,13 +18,14 @@ MESHES = {
     "ep": ParallelSizes(shard=2, expert=2),
     "ep-fsdp2": ParallelSizes(shard=4, expert=2),
     "ep-hsdp": ParallelSizes(replicate=2, shard=2, expert=2),
+    "pp-ep": ParallelSizes(pipeline=2, shard=2, expert=2),
 }
 
 
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parity") / "qwen3_moe"
-    tiny_model("qwen3_moe").save_pretrained(path)
+    tiny_model("qwen3_moe", mlp_only_layers=[]).save_pretrained(path)
     return path
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_rl.config.schema.policy import PolicyConfig
-from nemo_rl.errors import ModelError
+from nemo_rl.errors import ConfigError
 from nemo_rl.objectives.policy import ClippedPolicyObjective
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 from nemo_rl.training.pytorch.routing import selection_biases
@@ -51,5 +51,5 @@ def test_biases_that_steps_moved_are_saved_restored_and_exported(tmp_path: Path)
 
 def test_a_model_without_such_biases_is_refused_at_the_start(tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"has no biases that choose experts; set policy\.moe\.bias_update_rate to 0"):
+    with pytest.raises(ConfigError, match=r"has no biases that choose experts; set policy\.moe\.bias_update_rate to 0"):
         backend(tmp_path, bias_update_rate=0.1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.errors import BackendError, ModelError
+from nemo_rl.errors import ConfigError
 from nemo_rl.metrics import Max, Mean, Metrics, merge
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.objectives.policy import ClippedPolicyObjective
@@ -39,7 +39,7 @@ def test_float32_routers_see_the_whole_inputs_and_keep_their_weights(family: str
     shard_experts(model)
     use_float32_routers(model)
     assert before == {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
-    routers = list(router_modules(model))
+    routers = list(router_modules(model).values())
     inputs: list[Tensor] = []
     for router in routers:
         router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
@@ -134,7 +134,7 @@ def test_biases_move_towards_equal_loads() -> None:
     batch = rollout_batch(tiny_model("deepseek_v3"))
     model = CausalLM.wrap(tiny_model("deepseek_v3"))
     uneven: list[float] = []
-    bias = next(router_modules(model.module)).e_score_correction_bias
+    bias = next(iter(router_modules(model.module).values())).e_score_correction_bias
     for _ in range(30):
         before = bias.clone()
         metrics = train_step(
@@ -156,13 +156,12 @@ def test_biases_move_towards_equal_loads() -> None:
 
 
 def test_what_cannot_be_balanced_is_refused() -> None:
-    model, batch = mixtral(1)
-    objective = ClippedPolicyObjective()
-    with pytest.raises(ModelError, match="MixtralForCausalLM has no biases"):
-        train_step(Scorer(model), batch, objective, max_tokens=60, update=nothing, balance=Balance(bias_rate=0.1))
-    dense = CausalLM.wrap(tiny_model("llama"))
-    with pytest.raises(BackendError, match="LlamaForCausalLM has no routers"):
-        train_step(Scorer(dense), batch, objective, max_tokens=60, update=nothing, balance=Balance(coefficient=0.1))
+    with pytest.raises(ConfigError, match="MixtralForCausalLM has no biases"):
+        Balance(bias_rate=0.1).check(tiny_model("mixtral"), takes_plans=True)
+    for family, takes_plans in (("llama", True), ("mixtral", False)):
+        with pytest.raises(ConfigError, match="ForCausalLM has no experts that could be balanced on packed"):
+            Balance(coefficient=0.1).check(tiny_model(family), takes_plans)
+    Balance(0.1, 0.1).check(tiny_model("deepseek_v3"), takes_plans=True)
 
 
 def test_a_step_tells_how_evenly_experts_were_asked() -> None:

@@ -73,6 +73,8 @@ def _load(
     # sharded weights are their own masters
     shards = mesh is not None and mesh.sizes.pipeline < mesh.sizes.world_size
     model = _load_whole(config, source, head, tokenizer, device, torch.float32 if shards else precision.weights)
+    if balance := _balance(config.moe, mesh):
+        balance.check(model.module, model.takes_plans)
     if config.moe.float32_routers:
         use_float32_routers(model.module)
     if mesh is None:

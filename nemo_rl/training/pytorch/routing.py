@@ -3,7 +3,7 @@
 Applied from outside to the routers of Transformers, which return logits, weights and the chosen experts.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.func import functional_call
 
-from nemo_rl.errors import ModelError
+from nemo_rl.errors import ConfigError
 from nemo_rl.metrics import Max, Mean, Metrics, Sum
 from nemo_rl.training.pytorch.experts import expert_modules
 
 
-def router_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Find the router of every layer of experts, from the first layer to the last."""
+def router_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the router of every layer of experts by name, from the first layer to the last."""
+    routers: dict[str, nn.Module] = {}
     for name, _ in expert_modules(model):
-        block = model.get_submodule(name.rpartition(".")[0])
-        yield next(child for leaf, child in block.named_children() if leaf in ("gate", "router"))
+        block = name.rpartition(".")[0]
+        children = model.get_submodule(block).named_children()
+        leaf, router = next((leaf, child) for leaf, child in children if leaf in ("gate", "router"))
+        routers[f"{block}.{leaf}"] = router
+    return routers
 
 
 class _OwnForward(nn.Module):
@@ -54,7 +58,7 @@ def use_float32_routers(model: nn.Module) -> None:
     A rounded logit chooses other experts, and the sampler and the trainer then run different models. The weights keep
     their dtype.
     """
-    for router in router_modules(model):
+    for router in router_modules(model).values():
         router.forward = _Float32Router(router)  # on the instance: other models of the class stay as they are
 
 
@@ -91,7 +95,7 @@ def watched_routers(model: nn.Module, note: Callable[[int, Routing], Tensor | No
 
     hooks = [
         router.register_forward_hook(lambda _, inputs, outputs, number=number: hook(number, outputs))
-        for number, router in enumerate(router_modules(model))
+        for number, router in enumerate(router_modules(model).values())
     ]
     try:
         yield
@@ -157,6 +161,24 @@ class Balance:
     bias_rate: float = 0.0
     group: ProcessGroup | None = None
 
+    def check(self, model: nn.Module, takes_plans: bool) -> None:
+        """Look at the whole model before it is trained.
+
+        Raises:
+            ConfigError: it has nothing to balance, or no biases to move.
+        """
+        name = type(model).__name__
+        if not (router_modules(model) and takes_plans):
+            raise ConfigError(
+                f"{name} has no experts that could be balanced on packed tokens; set policy.moe.balance_coefficient and"
+                " policy.moe.bias_update_rate to 0"
+            )
+        if self.bias_rate and len(selection_biases(model)) < len(router_modules(model)):
+            raise ConfigError(
+                f"{name} has no biases that choose experts; set policy.moe.bias_update_rate to 0 and use "
+                "policy.moe.balance_coefficient"
+            )
+
     def total(self, counts: Tensor) -> Tensor:
         """Add up the ranks' counts, int64 [layers, E]."""
         if self.group is not None:
@@ -186,8 +208,9 @@ class ExpertCounts:
         return watched_routers(self.model, note)
 
     def stacked(self) -> Tensor:
-        """All of them, int64 [layers, E]."""
-        return torch.stack([self.by_layer[number] for number in sorted(self.by_layer)])
+        """All of them, int64 [layers, E]; a stage of a pipeline may have no layer with experts."""
+        found = [self.by_layer[number] for number in sorted(self.by_layer)]
+        return torch.stack(found) if found else torch.zeros(0, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,19 +278,10 @@ def routing_metrics(routings: Sequence[Routing]) -> Metrics:
 
 
 def selection_biases(model: nn.Module) -> dict[str, Tensor]:
-    """Name the buffers, [E], that are added to the scores of a layer's experts where experts are chosen.
-
-    Raises:
-        ModelError: a router of the model has none.
-    """
+    """Name the buffers, [E], that are added to the scores of a layer's experts where experts are chosen."""
     leaf = "e_score_correction_bias"
-    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(leaf)}
-    if len(biases) != len(list(router_modules(model))):
-        raise ModelError(
-            f"{type(model).__name__} has no biases that choose experts; set policy.moe.bias_update_rate to 0 and use "
-            "policy.moe.balance_coefficient"
-        )
-    return biases
+    found = {name: dict(router.named_buffers()) for name, router in router_modules(model).items()}
+    return {f"{name}.{leaf}": buffers[leaf] for name, buffers in found.items() if leaf in buffers}
 
 
 @torch.no_grad()
@@ -278,12 +292,9 @@ def update_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
     trained.
 
     Args:
-        model: with routers that have such a bias.
+        model: whose every router has such a bias.
         counts: int64 [layers, E] of the global batch.
         rate: how far a bias moves.
-
-    Raises:
-        ModelError: the model has no such biases.
     """
     for bias, asked in zip(selection_biases(model).values(), counts.float(), strict=True):
         bias.add_(rate * (asked.mean() - asked).sign())
