@@ -6,6 +6,7 @@ Applied from outside to the routers of Transformers, which return logits, weight
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def watched_routers(model: nn.Module, note: Callable[[int, Routing], Tensor | No
     with a gradient of 1, wherever the loss itself is computed (a later stage of a pipeline).
     """
 
-    def hook(number: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def after(number: int, _: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> tuple[Tensor, ...] | None:
+        del inputs
         floating = [output for output in outputs if output.is_floating_point()]
         logits = max(floating, key=lambda output: output.shape[-1])
         chosen = next(output for output in outputs if not output.is_floating_point())
@@ -93,15 +95,13 @@ def watched_routers(model: nn.Module, note: Callable[[int, Routing], Tensor | No
         weights = next(output for output in floating if output is not logits)
         return tuple(_Join.apply(weights, addend) if output is weights else output for output in outputs)
 
-    hooks = [
-        router.register_forward_hook(lambda _, inputs, outputs, number=number: hook(number, outputs))
-        for number, router in enumerate(router_modules(model).values())
-    ]
+    routers = router_modules(model).values()
+    hooks = [router.register_forward_hook(partial(after, number)) for number, router in enumerate(routers)]
     try:
         yield
     finally:
-        for each in hooks:
-            each.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 class _Join(torch.autograd.Function):
