@@ -168,7 +168,14 @@ class Executor(Protocol):
     def start_group(
         self, worker: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], resources: Resources | None = None
     ) -> list[WorkerHandle]:
-        """Start `worker(**arguments[rank])` for every rank; all of them stand or none does."""
+        """Start `worker(**arguments[rank])` for every rank in a process of its own; all of them stand or none does.
+
+        They are constructed at the same time, so they may meet while they are.
+        """
+        ...
+
+    def host_address(self) -> str:
+        """The address of the driver's machine, as its workers reach it."""
         ...
 
     def shutdown(self) -> None: ...

@@ -139,6 +139,17 @@ def train(job: Job, folder: Path, mesh: Mesh | None = None, **dtensor: Any) -> T
     return Trained(metrics, grads, weights, logprobs, reference, held / total)
 
 
+def size_keys(sizes: ParallelSizes) -> dict[str, int]:
+    """The keys of `dtensor_cfg` that ask for these sizes."""
+    return {
+        "tensor_parallel_size": sizes.tensor,
+        "context_parallel_size": sizes.context,
+        "pipeline_parallel_size": sizes.pipeline,
+        "expert_parallel_size": sizes.expert,
+        "data_parallel_replicate_size": sizes.replicate,
+    }
+
+
 def train_rank(
     rank: int, sizes: ParallelSizes, jobs: list[Job], folder: Path, dtensor: dict[str, Any]
 ) -> list[Trained]:
@@ -146,7 +157,7 @@ def train_rank(
     del rank
     torch.use_deterministic_algorithms(True)
     mesh = Mesh(sizes, torch.device("cpu"))
-    return [train(job, folder, mesh, **dtensor) for job in jobs]
+    return [train(job, folder, mesh, **size_keys(sizes), **dtensor) for job in jobs]
 
 
 def compare(job: Job, sizes: ParallelSizes, ranks: list[Trained], alone: Trained) -> list[str]:

@@ -318,5 +318,5 @@ def _usable_cluster(config: EvalConfig) -> ClusterConfig:
         )
     there = cluster.executor != "local" or torch.cuda.is_available()
     usable = cluster.model_copy(update={"num_nodes": 1, "gpus_per_node": min(cluster.gpus_per_node, int(there))})
-    check_devices(usable, generation.device, what="model", section="generation")
+    check_devices(usable, generation.device, section="generation")
     return usable

@@ -43,7 +43,7 @@ def reward_model_starter(cluster: ClusterConfig, stack: ExitStack) -> StartRewar
 
 
 def _check_device(name: str, spec: RewardModelEnvironmentConfig, cluster: ClusterConfig) -> None:
-    check_devices(cluster, spec.device, what="reward model", section=f"env.{name}")
+    check_devices(cluster, spec.device, section=f"env.{name}")
     if spec.device == "cuda" and cluster.executor == "ray" and spec.num_gpus == 0:
         raise ConfigError(
             f"env.{name}.device is cuda and env.{name}.num_gpus = 0 asks Ray for none; set the second to 1, or to the "

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_rl.algorithms.checkpoints import Checkpoints, TrainingInfo
 from nemo_rl.algorithms.ending import end_of
 from nemo_rl.algorithms.outcome import Outcome, earlier_outcome
+from nemo_rl.algorithms.ranks import check_places, dealer, parallel_sizes, start_ranks
 from nemo_rl.algorithms.run import Run
 from nemo_rl.atomic import write_text_atomically
 from nemo_rl.config.load import dump_config
@@ -134,14 +135,31 @@ def start(config: RunConfig) -> Start:
 def start_worker(
     config: RunConfig, stack: ExitStack, kind: Callable[..., Any], model: Model[Any], **arguments: object
 ) -> WorkerHandle:
-    """Start a worker of a model; the models of a run take turns, so they share its cores and its GPU."""
-    cluster, share = config.cluster, 1 / config.num_models
+    """Start a worker of a model; the models of a run take turns, so they share its cores and its GPUs.
+
+    One that is trained is spread over the ranks of the cluster, any other has one process.
+    """
+    cluster, share, policy = config.cluster, 1 / config.num_models, model.policy
     executor = stack.enter_context(
         make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
     )
-    num_cpus = max(share, int(share * (model.policy.num_threads or 1)))  # Ray counts above 1 in whole ones
+    spread = policy if isinstance(policy, TrainedPolicyConfig) and cluster.num_ranks > 1 else None
+    if spread is not None:
+        num_threads = max(1, (policy.num_threads or 1) // cluster.ranks_on_a_node)
+        policy = spread = spread.model_copy(update={"num_threads": num_threads})
+    num_cpus = max(share, int(share * (policy.num_threads or 1)))  # Ray counts above 1 in whole ones
     resources = Resources(num_cpus=float(num_cpus), num_gpus=share if cluster.gpus_per_node > 0 else 0.0)
-    return executor.start(kind, model.policy, model.source, resources=resources, **arguments)
+    if spread is None:
+        return executor.start(kind, policy, model.source, resources=resources, **arguments)
+    return start_ranks(
+        executor,
+        stack,
+        kind,
+        {"config": spread, "source": model.source, **arguments},
+        sizes=parallel_sizes(spread, cluster),
+        deal=dealer(spread),
+        resources=resources,
+    )
 
 
 def load_model[P: ModelConfig](policy: P) -> Model[P]:
@@ -186,26 +204,21 @@ def check_trainable(model: TrainedPolicyConfig, cluster: ClusterConfig, *, secti
         ConfigError: with what to set instead.
     """
     build_optimization(model, [nn.Parameter(torch.zeros(1))])  # a wrong name or argument, before the model
-    check_devices(cluster, model.device, what=section, section=section)
+    check_devices(cluster, model.device, section=section)
+    check_places(model, cluster, section=section)
 
 
-def check_devices(cluster: ClusterConfig, device: str, *, what: str, section: str) -> None:
+def check_devices(cluster: ClusterConfig, device: str, *, section: str) -> None:
     """Refuse devices that are not there; with Ray, the cluster says which it has.
 
     Args:
         cluster: the section of that name.
-        device: that `what` asks for.
-        what: runs on it, in words.
+        device: that a model asks for.
         section: of the configuration, whose key `device` says so.
 
     Raises:
         ConfigError: with what to set instead.
     """
-    if cluster.num_nodes * cluster.gpus_per_node > 1:
-        raise ConfigError(
-            f"the {what} runs in one process on one device, and cluster asks for {cluster.num_nodes} nodes with "
-            f"{cluster.gpus_per_node} GPUs each; set cluster.num_nodes=1 and cluster.gpus_per_node to 0 or 1"
-        )
     if cluster.executor != "local" or torch.cuda.is_available():
         return
     if device == "cuda":

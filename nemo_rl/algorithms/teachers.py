@@ -126,7 +126,7 @@ def find_teachers(config: TaughtRunConfig) -> Teaching:
     sizes, models, place = [vocabulary_size(student.source)], dict[ModelConfig, Model[ModelConfig]](), dict[str, int]()
     for name, section in config.teacher_sections.items():
         if section not in models:
-            check_devices(config.cluster, section.device, what="teacher", section=name)
+            check_devices(config.cluster, section.device, section=name)
             models[section] = load_model(section)
             _check_tokens(config.policy, student, section, models[section], name)
             sizes.append(vocabulary_size(models[section].source))

@@ -1,5 +1,6 @@
 """`--dry-run`: what a step computes and what memory it needs, worked out without loading a model."""
 
+import math
 from dataclasses import dataclass
 
 from nemo_rl.config.model_shapes import ModelShape, model_shape
@@ -129,7 +130,7 @@ def example_rows(config: RunConfig) -> Rows:
 
 
 def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
-    """Bytes by part, for one copy of the model, as text; an estimate for people, not a limit."""
+    """Bytes by part, for one rank of the model, as text; an estimate for people, not a limit."""
     policy = config.policy
     if shape is None:
         return [("model", f"{policy.model_name}: size unknown, its config.json is not on this machine")]
@@ -157,19 +158,23 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
 
 
 def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
-    """Bytes by part of one copy that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
-    policy, parameters = config.policy, shape.parameters
+    """Bytes by part of one rank that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
+    policy, parameters, spread = config.policy, shape.parameters, config.policy.dtensor_cfg
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
     stored, computed = _number_sizes(policy, config)
     parts = {
         **_weight_bytes(policy, shape, config),
-        "reference weights": stored * parameters if _has_reference(config) else 0,
-        "activations": computed * largest * shape.activation_elements_per_token,
+        "reference weights": stored * parameters // _weight_parts(policy, config) if _has_reference(config) else 0,
+        "activations": computed
+        * largest
+        * shape.activation_elements_per_token
+        // (spread.context_parallel_size * spread.pipeline_parallel_size),
         "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
     }
     if isinstance(config, SampledRunConfig) and isinstance(config.policy.generation, HFGenerationConfig):
-        generation = config.policy.generation
-        sequences = min(generation.max_batch_size, config.num_rollouts_per_step)
+        generation, num_ranks = config.policy.generation, config.cluster.num_ranks
+        sequences = min(generation.max_batch_size, -(-config.num_rollouts_per_step // num_ranks))
+        parts["weights of the sampler"] = stored * parameters if num_ranks > 1 else 0
         tokens = sequences * (config.max_prompt_tokens + generation.max_new_tokens)
         parts["KV cache"] = computed * tokens * shape.kv_elements_per_token
     return {name: count for name, count in parts.items() if count}
@@ -184,8 +189,8 @@ def _number_sizes(model: ModelConfig, config: RunConfig) -> tuple[int, int]:
 
 
 def _weight_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> dict[str, int]:
-    """Bytes of the weights of a model, and of what training keeps beside them."""
-    stored, parameters = _number_sizes(model, config)[0], shape.parameters
+    """Bytes of the weights that a rank holds of a model, and of what training keeps beside them."""
+    stored, parameters = _number_sizes(model, config)[0], shape.parameters // _weight_parts(model, config)
     parts = {"weights": stored * parameters}
     if isinstance(model, TrainedPolicyConfig):
         parts |= {
@@ -194,6 +199,13 @@ def _weight_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> d
             "optimizer moments": _FLOAT32 * _moments(model.optimizer) * parameters,
         }
     return parts
+
+
+def _weight_parts(model: ModelConfig, config: RunConfig) -> int:
+    """Ranks that divide the weights of a model among them."""
+    if not isinstance(model, TrainedPolicyConfig):
+        return 1
+    return max(1, config.cluster.num_ranks // model.dtensor_cfg.data_parallel_replicate_size)
 
 
 def _other_models(config: RunConfig) -> dict[str, ModelConfig]:
@@ -234,10 +246,26 @@ def _has_reference(config: RunConfig) -> bool:
 def _placement(config: RunConfig) -> str:
     cluster = config.cluster
     gpus = f"{cluster.num_nodes} x {cluster.gpus_per_node} GPU(s)" if cluster.gpus_per_node else "no GPU asked for"
+    where = f"{cluster.executor} executor, {gpus}{_ranks(config)}"
     if not isinstance(config, SampledRunConfig):
-        return f"{cluster.executor} executor, {gpus}"
+        return where
     colocated = config.policy.generation.colocated
     if colocated.enabled:
-        return f"{cluster.executor} executor, {gpus}, generation shares them"
+        return f"{where}, generation shares them"
     nodes = f" on {colocated.resources.num_nodes} node(s) of its own" if colocated.resources.num_nodes else ""
-    return f"{cluster.executor} executor, {gpus}, {colocated.resources.gpus_per_node} GPU(s) for generation{nodes}"
+    return f"{where}, {colocated.resources.gpus_per_node} GPU(s) for generation{nodes}"
+
+
+def _ranks(config: RunConfig) -> str:
+    """The ranks of the policy and what they divide, where there are several."""
+    num_ranks, spread = config.cluster.num_ranks, config.policy.dtensor_cfg
+    if num_ranks == 1:
+        return ""
+    sizes = {
+        "pipeline": spread.pipeline_parallel_size,
+        "replicate": spread.data_parallel_replicate_size,
+        "context": spread.context_parallel_size,
+        "tensor": spread.tensor_parallel_size,
+    }
+    sizes["shard"] = num_ranks // math.prod(sizes.values())
+    return f", {num_ranks} ranks ({' x '.join(f'{name} {size}' for name, size in sizes.items() if size > 1)})"

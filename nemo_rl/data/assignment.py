@@ -63,15 +63,17 @@ def join(batch: TokenBatch, parts: Sequence[Tensor], indices: Sequence[Tensor]) 
 
     Args:
         batch: the whole batch, of N tokens.
-        parts: [N_r, ...] of each rank.
+        parts: [N_r, ...] of each rank; one without loss may not know how wide its rows are, which are 0 then.
         indices: what `assign` gave.
 
     Returns:
         [N, ...].
     """
-    joined = parts[0].new_empty(batch.num_tokens, *parts[0].shape[1:])
+    like = max(parts, key=Tensor.numel)
+    joined = like.new_zeros(batch.num_tokens, *like.shape[1:])
     for part, chosen in zip(parts, indices, strict=True):
-        joined[batch.token_index(chosen)] = part
+        if part.shape[1:] == like.shape[1:]:
+            joined[batch.token_index(chosen)] = part
     return joined
 
 

@@ -12,7 +12,6 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.bins import PACKERS
 from nemo_rl.data.packing import inputs_and_targets
 from nemo_rl.data.prefix_tree import PrefixTree
-from nemo_rl.errors import DataError
 
 
 def cut(
@@ -74,19 +73,33 @@ def padding_micro_batch(
     """The cheapest micro-batch that a rank can run only because other ranks still run theirs.
 
     It is a copy of the smallest group (or piece of one beyond the budget) with `loss_weights` of 0, so it adds nothing
-    to a loss or a gradient. In a batch where nothing carries loss, the last token of every sequence stands in.
-
-    Raises:
-        DataError: no sequence has two tokens, so nothing can be predicted.
+    to a loss or a gradient. In a batch where nothing carries loss, the last token of every sequence stands in; for one
+    in which nothing can be predicted, such as that of a rank without a sequence, a pair of two tokens each does.
     """
     if not batch.token_columns["loss_mask"].any():
         last = batch.cu_seqlens[1:][batch.lengths > 1] - 1
         if not len(last):
-            raise DataError("a rank without a sequence of two tokens has nothing to run; give each rank a sequence")
+            return _stand_in(batch)
         batch = batch.with_columns(loss_mask=torch.zeros(batch.num_tokens, dtype=torch.bool).index_fill(0, last, True))
     pieces = _pieces(batch, max_tokens, share_prefixes=share_prefixes, min_shared=min_shared)
     part = batch.select(min(pieces, key=lambda piece: piece[1])[0])
     return part.with_columns(loss_weights=torch.zeros(part.num_tokens))
+
+
+def _stand_in(batch: TokenBatch) -> TokenBatch:
+    """Two sequences with the columns of a batch: zeros, but for what tells the members of a pair apart."""
+    loss_mask = torch.tensor([False, True, False, True])
+    columns = {name: column.new_zeros(4, *column.shape[1:]) for name, column in batch.token_columns.items()}
+    return TokenBatch(
+        torch.zeros(4, dtype=torch.int64),
+        torch.tensor([0, 2, 4]),
+        torch.zeros(2, dtype=torch.int64),
+        {**columns, "loss_mask": loss_mask, "loss_weights": torch.zeros(4)},
+        {
+            name: torch.tensor([True, False]) if column.dtype == torch.bool else column.new_zeros(2)
+            for name, column in batch.sequence_columns.items()
+        },
+    )
 
 
 def _pieces(

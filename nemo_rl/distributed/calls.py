@@ -1,12 +1,12 @@
-"""The driver's end of a call: `CallFuture` waits for one worker, `gather` for many."""
+"""The driver's end of a call: `CallFuture` waits for one worker, `joined` for many."""
 
 import asyncio
 import concurrent.futures
 import inspect
-import time
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from functools import partial
 from typing import Any
 
 from nemo_rl.errors import WorkerError
@@ -68,37 +68,46 @@ class CallFuture:
         return self.result()
 
 
-def gather(futures: Sequence[Future], timeout: float | None = None) -> list[Any]:
-    """Wait for all of them; the failure that comes first in time is raised at once, its rank noted on it.
+def joined(futures: Sequence[Future], combine: Callable[[list[Any]], Any], label: str) -> CallFuture:
+    """Make one future of many; it fails with the first failure in time, its rank noted on it.
 
     The order of time matters: when one rank dies, its peers may wait in a collective for ever.
 
     Args:
         futures: one per rank.
-        timeout: seconds for all of them together.
-
-    Returns:
-        The values in rank order.
-
-    Raises:
-        TimeoutError: not all of them were there in time.
+        combine: makes the value of all values, in rank order; called in the thread that brought the last one.
+        label: who was called for what, for error messages.
     """
-    ended: SimpleQueue[int] = SimpleQueue()
-    for rank, future in enumerate(futures):
-        future.when_done(lambda rank=rank: ended.put(rank))
-    deadline = None if timeout is None else time.monotonic() + timeout
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
     values: list[Any] = [None] * len(futures)
-    for count in range(len(futures)):
+    lock, left = threading.Lock(), set(range(len(futures)))
+
+    def end() -> None:
         try:
-            rank = ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except Empty:
-            raise TimeoutError(f"{len(futures) - count} of {len(futures)} calls did not end in time") from None
+            answer.set_result(combine(values))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    def collect(rank: int) -> None:
         try:
-            values[rank] = futures[rank].result()
-        except Exception as error:
-            error.add_note(f"rank {rank} of {len(futures)}")
-            raise
-    return values
+            values[rank] = futures[rank].result(0)
+        except BaseException as error:
+            with lock:
+                if not answer.done():
+                    error.add_note(f"rank {rank} of {len(futures)}")
+                    answer.set_exception(error)
+            return
+        with lock:
+            left.discard(rank)
+            is_last = not left and not answer.done()
+        if is_last:
+            end()
+
+    if not futures:
+        end()
+    for rank, future in enumerate(futures):
+        future.when_done(partial(collect, rank))
+    return CallFuture(answer, label)
 
 
 def worker_name(worker: Callable[..., Any]) -> str:

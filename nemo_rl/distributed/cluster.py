@@ -113,6 +113,12 @@ class RayCluster:
         remove_placement_group(group)
         raise ConfigError(f"{self._refusal(bundles, name)} (waited {timeout:g} s)")
 
+    def host_address(self) -> str:
+        """The address at which the nodes reach this machine."""
+        import ray.util
+
+        return "127.0.0.1" if self.is_own else ray.util.get_node_ip_address()
+
     def close(self) -> None:
         """Disconnect, and end the cluster if it is an own one."""
         import ray

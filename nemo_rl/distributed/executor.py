@@ -17,7 +17,7 @@ def make_executor(
     """Make the executor that `cluster.executor` names; use it as a context manager.
 
     Args:
-        kind: `local` keeps the workers in this process, `ray` gives each a process of its own.
+        kind: `local` keeps workers that are started alone in this process, `ray` makes each an actor.
         num_cpus: CPUs of a Ray cluster started here; None counts the machine's.
         num_gpus: GPUs of a Ray cluster started here; None counts the machine's.
         startup_timeout_seconds: how long Ray may take to reserve and build one group of workers.

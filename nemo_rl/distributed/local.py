@@ -1,9 +1,11 @@
-"""`LocalExecutor`: workers in the driver's own process, without Ray.
+"""`LocalExecutor`: workers on this machine without Ray, one in the driver's own process, a group in processes.
 
-Each worker has one thread of its own. The thread keeps calls in order and apart, lets an event loop `await` a training
+A worker alone has a thread of its own. The thread keeps calls in order and apart, lets an event loop `await` a training
 step while environments go on, gives `async def` methods a place to run while the driver's loop is busy, and keeps the
 worker's gradient mode, autocast and CUDA device, which torch holds per thread, to the worker. Ctrl-C is delivered to
 the driver, which may wait for the call or leave the worker behind in it. `breakpoint()` works as usual.
+
+The workers of a group meet in collectives, for which each needs a process of its own; see `processes`.
 """
 
 import concurrent.futures
@@ -12,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from nemo_rl.distributed.calls import CallFuture, worker_name
+from nemo_rl.distributed.calls import CallFuture, joined, worker_name
 from nemo_rl.distributed.host import WorkerHost
+from nemo_rl.distributed.processes import ProcessWorker
 from nemo_rl.errors import ConfigError, WorkerError
 from nemo_rl.interfaces import Resources, WorkerHandle
 
@@ -54,11 +57,12 @@ class LocalWorker:
 
 
 class LocalExecutor:
-    """Starts workers in this process. They share its memory, its GPUs and its environment variables."""
+    """Starts workers here. Those that are started alone share this process's memory and its environment variables."""
 
     def __init__(self) -> None:
         """Start with no worker."""
         self._workers: list[LocalWorker] = []
+        self._ranks: list[ProcessWorker] = []
         self._env_before: dict[str, str | None] = {}
 
     def start(
@@ -74,16 +78,27 @@ class LocalExecutor:
     def start_group(
         self, worker: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], resources: Resources | None = None
     ) -> list[WorkerHandle]:
-        """Construct one worker per rank, one after the other: model loading is not safe in several threads."""
-        started: list[WorkerHandle] = []
+        """Construct one worker per rank, all at the same time, each in a process of its own; they share the cores.
+
+        Raises:
+            WorkerError: one of them died.
+        """
+        import torch  # here, because a worker alone may do without it
+
+        name, env_vars = worker_name(worker), (resources or Resources()).env_vars
+        num_threads = max(1, torch.get_num_threads() // len(arguments))
+        group: list[ProcessWorker] = []
         try:
-            for rank, kwargs in enumerate(arguments):
-                started.append(self._start(f"{worker_name(worker)}[{rank}]", worker, (), kwargs, resources))
+            for rank in range(len(arguments)):
+                group.append(ProcessWorker(f"{name}[{rank}]", env_vars, num_threads))
+            built = [place.construct(worker, (), kwargs) for place, kwargs in zip(group, arguments, strict=True)]
+            joined(built, list, name).result()
         except BaseException:
-            for handle in started:
-                handle.stop()
+            for place in group:
+                place.stop()
             raise
-        return started
+        self._ranks.extend(group)
+        return [*group]
 
     def _start(
         self,
@@ -113,8 +128,14 @@ class LocalExecutor:
             self._env_before.setdefault(key, os.environ.get(key))
             os.environ[key] = value
 
+    def host_address(self) -> str:
+        """Everything is on this machine."""
+        return "127.0.0.1"
+
     def shutdown(self, *, wait: bool = True) -> None:
         """Stop every worker, newest first, and put the environment variables back."""
+        while self._ranks:
+            self._ranks.pop().stop()
         while self._workers:
             self._workers.pop().stop(wait=wait)
         while self._env_before:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from nemo_rl.distributed.calls import CallFuture, gather, worker_name
+from nemo_rl.distributed.calls import CallFuture, joined, worker_name
 from nemo_rl.distributed.cluster import RayCluster, Reservation
 from nemo_rl.distributed.host import ActorHost
 from nemo_rl.errors import NemoRLError, WorkerError
@@ -126,7 +126,7 @@ class RayExecutor:
             built = [
                 place.construct(worker, args, kwargs) for place, (args, kwargs) in zip(group, arguments, strict=True)
             ]
-            gather(built, timeout=max(0.0, deadline - time.monotonic()))
+            joined(built, list, worker_name(worker)).result(max(0.0, deadline - time.monotonic()))
         except BaseException as error:
             for place in group:
                 place.stop()
@@ -137,6 +137,10 @@ class RayExecutor:
             raise
         self._workers.extend(group)
         return group
+
+    def host_address(self) -> str:
+        """The address of this machine in the cluster's network."""
+        return self._cluster.host_address()
 
     def shutdown(self) -> None:
         """Kill every worker, give their places back and end the cluster if it is an own one."""

@@ -1,12 +1,14 @@
 """`CausalLM`: a Transformers model as a trunk that runs on streams and a head that scores tokens."""
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemo_rl.errors import ModelError
+from nemo_rl.models.local import local_part
 from nemo_rl.models.stream_model import StreamModel, take_plans
 from nemo_rl.objectives.logprobs import LogitHead, TokenHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
@@ -72,7 +74,13 @@ class CausalLM(StreamModel):
 
     def logit_head(self) -> LogitHead:
         """The head, which shares its weights."""
-        return LogitHead(self.head.weight, self.head.bias, self.logit_scale, self.softcap, self.vocabulary)
+        weight, bias = self.head_rows()
+        return LogitHead(weight, bias, self.logit_scale, self.softcap, self.vocabulary)
+
+    def head_rows(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's rows of the head's weight and of its bias."""
+        bias = cast("Tensor | None", self.head.bias)
+        return local_part(self.head.weight), None if bias is None else local_part(bias)
 
     def token_head(
         self, *, temperature: float, chunk_size: int, truncation: Truncation = WHOLE, with_entropy: bool = True

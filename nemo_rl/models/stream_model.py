@@ -10,36 +10,48 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nemo_rl.data.packing import Stream
-from nemo_rl.data.padding import pad_stream
 from nemo_rl.models.attention import AttentionPlan, TreeAttention, use_plans
+from nemo_rl.models.hidden import Hidden, WholeHidden
 from nemo_rl.models.rows import run_rows
 
 _log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """Runs what reads a model's weights, wherever these are.
+    """Runs a model wherever its weights and tokens are.
 
     Attributes:
-        multiple: the tokens of a stream must be a multiple of it.
+        parts: ranks among which the tokens of a stream are divided between the layers; their number is a multiple.
+        copies: ranks that compute the same loss, each of which calls backward on its share of it.
     """
 
     @property
-    def multiple(self) -> int: ...
+    def parts(self) -> int: ...
+    @property
+    def copies(self) -> int: ...
     def run[T](self, function: Callable[[], T]) -> T:
         """Call a function within which the weights can be read, and from whose result gradients flow to them."""
+        ...
+
+    def read(self, model: "StreamModel", stream: Stream, received: Tensor | None) -> Hidden:
+        """Run the trunk of a model; see `StreamModel.read`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class InProcess:
-    """Runs a model whose weights are all here."""
+    """Runs a model whose weights are all here, and all tokens of a stream."""
 
-    multiple: int = 1
+    parts: int = 1
+    copies: int = 1
 
     def run[T](self, function: Callable[[], T]) -> T:
         """Call it."""
         return function()
+
+    def read(self, model: "StreamModel", stream: Stream, received: Tensor | None) -> Hidden:
+        """Run the trunk here."""
+        return WholeHidden(model.stream_hidden(stream, received))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +79,18 @@ class StreamModel:
         """Parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
+    def read(self, stream: Stream, received: Tensor | None = None) -> Hidden:
+        """Run the trunk over a micro-batch, wherever its tokens are; arguments as in `stream_hidden`."""
+        return self.runner.read(self, stream, received)
+
     def stream_hidden(self, stream: Stream, received: Tensor | None = None) -> Tensor:
-        """Run the trunk over a micro-batch: last hidden states [S, H], S rounded up.
+        """Run the trunk over a micro-batch: last hidden states [S, H], all of them here.
 
         Args:
             stream: the micro-batch.
             received: [1, S, H] that earlier layers on another rank made of it; None begins with the tokens.
         """
         device = self.device
-        stream = pad_stream(stream, self.runner.multiple)
         input_ids = stream.input_ids.to(device)
         if not self.takes_plans:
             return run_rows(self.trunk, input_ids, stream.tree)

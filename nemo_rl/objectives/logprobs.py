@@ -123,7 +123,12 @@ class TokenHead:
         Returns:
             log-probabilities float32 [M] with gradient, entropies float32 [M] without.
         """
-        rows = select_hidden(hidden, predictor)
+        return self.score(select_hidden(hidden, predictor), weight, target, bias=bias)
+
+    def score(
+        self, rows: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for the hidden states [M, H] that predict the targets."""
         if self.softcap is None and self.truncation == WHOLE:
             return token_logprobs(
                 rows,

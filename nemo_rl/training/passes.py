@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from nemo_rl.data.packing import Stream
+from nemo_rl.models.hidden import Hidden
 from nemo_rl.models.stream_model import StreamModel
 
 
@@ -18,13 +18,13 @@ class Pass:
 
     Attributes:
         stream: as the model sees it.
-        finish: from the last hidden states [S, H] to what is asked for: the loss [] in training.
+        finish: from the last hidden states to what is asked for: the loss [] in training.
         trunk_learns: whether gradients flow through the hidden states.
         within: what the layers are run in.
     """
 
     stream: Stream
-    finish: Callable[[Tensor], Any]
+    finish: Callable[[Hidden], Any]
     trunk_learns: bool = True
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -65,7 +65,7 @@ class InOrder:
         """Forward and backward, one after the other."""
         number = 0
         for number, one in enumerate(passes, 1):  # noqa: B007
-            self._run(one).backward()
+            (self._run(one) / self.model.runner.copies).backward()
         return number
 
     def score(self, passes: Iterable[Pass]) -> Iterator[Any]:
@@ -79,7 +79,7 @@ class InOrder:
         def run() -> Any:
             learns = torch.set_grad_enabled(one.trunk_learns and grad)
             with arithmetic(self.model, self.autocast), learns, one.within():
-                hidden = self.model.stream_hidden(one.stream)
+                hidden = self.model.read(one.stream)
             return one.finish(hidden)
 
         grad = torch.is_grad_enabled()

@@ -23,9 +23,10 @@ from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics, Sum, merge
 from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.hidden import Hidden
 from nemo_rl.models.scalar_model import ScalarModel, scalar_values
 from nemo_rl.objectives.distillation import DistributionOutputs
-from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenOutputs, select_hidden
+from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenHead, TokenOutputs
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.objectives.value import ScalarOutputs
 from nemo_rl.training.passes import InOrder, Pass, Passes, arithmetic
@@ -102,8 +103,8 @@ class Scorer:
         """Lay a micro-batch out as the model sees it."""
         return build_stream(micro_batch, share_prefixes=self._shares, min_shared=self.min_shared)
 
-    def outputs(self, hidden: Tensor, stream: Stream, reads: Reads, *, with_entropy: bool = True) -> Outputs:
-        """What is asked of the M loss tokens of a stream, from its last hidden states [S, H].
+    def outputs(self, hidden: Hidden, stream: Stream, reads: Reads, *, with_entropy: bool = True) -> Outputs:
+        """What is asked of the M loss tokens of a stream, from its last hidden states.
 
         Raises:
             BackendError: the model has no head for what is read.
@@ -113,17 +114,17 @@ class Scorer:
                 case "logprobs", CausalLM() as model:
                     return self._token_outputs(model, hidden, stream, with_entropy)
                 case "distribution", CausalLM() as model:
-                    rows = self._rows(hidden, stream)
+                    rows = hidden.rows(stream.predictor)
                     return DistributionOutputs(rows, self._logits(model), self.teachers)
                 case "values" | "head_values", ScalarModel(score=head) | CausalLM(value_head=nn.Linear() as head):
-                    return ScalarOutputs(scalar_values(head, self._rows(hidden, stream)))
+                    return ScalarOutputs(scalar_values(head, hidden.rows(stream.predictor)))
                 case _:
                     raise BackendError(
                         f"the objective reads {reads}, for which {type(self.model.module).__name__} has no head; train "
                         "a model of the right kind"
                     )
 
-    def _token_outputs(self, model: CausalLM, hidden: Tensor, stream: Stream, with_entropy: bool) -> TokenOutputs:
+    def _token_outputs(self, model: CausalLM, hidden: Hidden, stream: Stream, with_entropy: bool) -> TokenOutputs:
         head = model.token_head(
             temperature=self.temperature,
             chunk_size=self.chunk_size,
@@ -132,15 +133,13 @@ class Scorer:
         )
         # equal answers ask for the same predictions: each goes through the head once
         pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
-        predictor, target = pairs.to(self.device)
-        logprobs, entropy = head(hidden, _full(model.head.weight), predictor, target, bias=model.head.bias)
+        predictor, target = pairs
+        weight, bias = model.head_rows()
+        logprobs, entropy = hidden.scores(predictor, target, partial(_score, head, weight, bias))
         place = place.to(self.device)
         critic = model.value_head if with_entropy else None
-        values = None if critic is None else scalar_values(critic, self._rows(hidden, stream))
+        values = None if critic is None else scalar_values(critic, hidden.rows(stream.predictor))
         return TokenOutputs(logprobs[place], entropy[place], values)
-
-    def _rows(self, hidden: Tensor, stream: Stream) -> Tensor:
-        return select_hidden(hidden, stream.predictor.to(self.device))
 
     def _logits(self, model: CausalLM) -> Callable[[Tensor], Tensor]:
         """The LM head as an objective calls it, outside of `score`."""
@@ -194,7 +193,7 @@ def train_step(
     watch = RouterWatch(scorer.model.module, balance.coefficient if balance else 0.0, counts)
     parts: list[Metrics] = []
 
-    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Tensor) -> Tensor:
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> Tensor:
         loss, metrics = _loss(scorer, micro_batch, objective, stream, hidden)
         if not math.isfinite(metrics["loss"].value):
             raise BackendError(
@@ -215,7 +214,7 @@ def train_step(
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
     """The objective's metrics and the loss of a batch, cut as in training; no gradient."""
 
-    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Tensor) -> tuple[Metrics, bool]:
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> tuple[Metrics, bool]:
         return _loss(scorer, micro_batch, objective, stream, hidden)[1], counts
 
     run = scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish))
@@ -250,7 +249,7 @@ def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_
 
 
 def _loss(
-    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, stream: Stream, hidden: Tensor
+    scorer: Scorer, micro_batch: TokenBatch, objective: Objective, stream: Stream, hidden: Hidden
 ) -> tuple[Tensor, Metrics]:
     """The loss of a micro-batch, a part of that of the batch, and its metrics."""
     outputs = scorer.outputs(hidden, stream, objective.reads)
@@ -299,7 +298,7 @@ def read_tokens(
     """
     numbered = batch.with_columns(position=torch.arange(batch.num_tokens))
 
-    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Tensor) -> tuple[Outputs, Tensor] | None:
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> tuple[Outputs, Tensor] | None:
         where = micro_batch.token_columns["position"][stream.token_index]
         return (scorer.outputs(hidden, stream, reads, with_entropy=False), where) if counts else None
 
@@ -311,5 +310,5 @@ def read_tokens(
     yield from filter(None, scorer.passes.score(passes()))
 
 
-def _full(w):
-    return w.full_tensor() if hasattr(w, "full_tensor") else w
+def _score(head: TokenHead, weight: Tensor, bias: Tensor | None, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return head.score(rows, weight, target, bias=bias)

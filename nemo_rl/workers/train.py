@@ -10,25 +10,39 @@ from torch import Tensor
 from nemo_rl.config.schema.policy import TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.memory import peak_memory_bytes
+from nemo_rl.distributed.mesh import RankPlace
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics
 from nemo_rl.models.load import load_tokenizer, quiet_libraries
 from nemo_rl.objectives.logprobs import LogitHead
-from nemo_rl.training.pytorch.backend import Head, PyTorchBackend
+from nemo_rl.training.pytorch.backend import Head, PyTorchBackend, choose_device
 
 
 class TrainWorker:
     """A training backend; a plain class that an executor starts in some process."""
 
     def __init__(
-        self, config: TrainedPolicyConfig, source: str, *, head: Head = "language", with_reference: bool = False
+        self,
+        config: TrainedPolicyConfig,
+        source: str,
+        *,
+        head: Head = "language",
+        with_reference: bool = False,
+        place: RankPlace | None = None,
     ) -> None:
-        """Load the model of the `policy` section, with that head, from `source` (a folder or a hub name)."""
+        """Load the model of the `policy` section, with that head, from `source` (a folder or a hub name).
+
+        With a `place` this is one rank of the model, and the others meet it there meanwhile.
+        """
         quiet_libraries()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._tokenizer = load_tokenizer(config.tokenizer.name or source, config.tokenizer.chat_template)
-        self._backend = PyTorchBackend(config, source, self._tokenizer, head=head, with_reference=with_reference)
+        is_cuda = choose_device(config.device).type == "cuda"
+        self._mesh = None if place is None else place.join("cuda" if is_cuda else "cpu")
+        self._backend = PyTorchBackend(
+            config, source, self._tokenizer, head=head, with_reference=with_reference, mesh=self._mesh
+        )
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step."""

@@ -34,7 +34,7 @@ response_length/max share_truncated share_no_spread entropy policy_kl clip_share
 token_mult_prob_error rollout_kl importance_weight_mean importance_weight_max importance_weight_ess grad_norm
 learning_rate tokens loss_tokens tokens_computed tokens_sampled tokens_collected staleness/mean staleness/max loss
 policy_loss dropped_groups optimizer_steps reward/min reward/max shaped_reward/mean shaped_reward/min shaped_reward/max
-importance_weight_min share_filtered num_skipped
+importance_weight_min share_filtered num_skipped packing_fill tokens_computed_per_token
 """
 EVERY_STEP_TIMING = """
 generate_seconds environment_seconds train_seconds step_seconds tokens_per_second generate_tokens_per_second

@@ -211,7 +211,6 @@ def test_eval_is_translated_with_its_report() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("policy.dtensor_cfg.tensor_parallel_size=2", "this version trains on one device: set it to 1"),
         ("policy.dtensor_cfg.lora_cfg.enabled=true", "this version trains all weights: set enabled to false"),
         ("policy.megatron_cfg.enabled=true", "set enabled to false and give policy.optimizer and scheduler"),
         ("grpo.async_grpo.enabled=true", "sampling and training take turns: set enabled to false"),
@@ -257,9 +256,31 @@ def test_an_unknown_key_of_a_file_is_named_with_its_line(tmp_path: Path) -> None
     assert message == f"unknown key policy.megatron_cfgs ({path}:3): did you mean policy.megatron_cfg?"
 
 
+def test_the_ranks_of_a_model_are_kept() -> None:
+    sizes = {"tensor_parallel_size": 2, "sequence_parallel": "true", "context_parallel_size": 4}
+    sizes |= {"expert_parallel_size": 8, "custom_parallel_plan": "plans.py:mine"}
+    overrides = [f"+policy.dtensor_cfg.{name}={value}" for name, value in sizes.items()]
+    loaded = load(FILES / "grpo_v03.yaml", *overrides, "cluster={gpus_per_node: 8, num_nodes: 2}")
+    spread = loaded.config.policy.dtensor_cfg.model_dump(exclude_defaults=True)
+    assert spread == {**sizes, "sequence_parallel": True}
+    assert (loaded.config.cluster.num_ranks, loaded.config.cluster.ranks_on_a_node) == (16, 8)
+    alone = load(FILES / "grpo_v03.yaml", "policy.dtensor_cfg.sequence_parallel=true")
+    assert alone.config.policy.dtensor_cfg.sequence_parallel is False
+    assert any("sequence_parallel (command line) is ignored: it has a meaning with" in note for note in alone.notes)
+
+
+def test_a_teacher_is_computed_in_one_process_wherever_nemo_rl_spreads_it(tmp_path: Path) -> None:
+    path = tmp_path / "spread.yaml"
+    text = (FILES / "distillation.yaml").read_text()
+    path.write_text(text.replace("    cpu_offload: True", "    tensor_parallel_size: 4\n    sequence_parallel: true"))
+    clean, noted = migrated(path)
+    assert "dtensor_cfg" not in clean["teacher"]
+    assert {"teacher.dtensor_cfg.tensor_parallel_size", "teacher.dtensor_cfg.sequence_parallel"} <= set(noted)
+
+
 def test_several_problems_are_told_together() -> None:
-    message = error_of(FILES / "grpo_v03.yaml", "policy.dtensor_cfg.tensor_parallel_size=2", "grpo.nonsense=1")
-    assert "tensor_parallel_size = 2" in message
+    message = error_of(FILES / "grpo_v03.yaml", "policy.dtensor_cfg.lora_cfg.enabled=true", "grpo.nonsense=1")
+    assert "lora_cfg.enabled = True" in message
     assert "unknown key grpo.nonsense" in message
 
 

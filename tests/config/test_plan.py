@@ -127,6 +127,22 @@ def test_memory_follows_precision_and_optimizer() -> None:
     assert with_reference["reference weights"] == with_reference["weights"]
 
 
+def test_memory_is_that_of_one_rank_and_the_placement_names_them() -> None:
+    shape = ModelShape(8, 1, 8, 2, 1, 4, 10)
+    sizes = ("tensor_parallel_size: 2", "context_parallel_size: 2", "data_parallel_replicate_size: 2")
+    settings = ("policy.precision=bfloat16", "loss_fn.reference_policy_kl_penalty=0.1", "cluster.gpus_per_node=16")
+    spread = load(*settings, f"policy.dtensor_cfg={{{', '.join(sizes)}}}")
+    assert dict(batch_rows(spread))["placement"] == (
+        "local executor, 1 x 16 GPU(s), 16 ranks (replicate 2 x context 2 x tensor 2 x shard 2), generation shares them"
+    )
+    one, part = memory_bytes(load(*settings[:2]), shape), memory_bytes(spread, shape)
+    for name in ("weights", "master weights", "gradients", "optimizer moments", "reference weights"):
+        assert part[name] == pytest.approx(one[name] / 8, abs=8)  # each replica is divided among 8
+    assert part["activations"] == one["activations"] // 2
+    assert part["weights of the sampler"] == one["weights"]
+    assert part["KV cache"] < one["KV cache"]
+
+
 def test_an_unknown_model_has_a_plan_without_memory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "something_new"}))
     for name in ("someone/Unheard-Of-3B", str(tmp_path)):

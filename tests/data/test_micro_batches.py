@@ -10,7 +10,8 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.bins import PACKERS
 from nemo_rl.data.cost import useful_tokens
 from nemo_rl.data.micro_batches import micro_batches, padding_micro_batch
-from nemo_rl.errors import DataError
+from nemo_rl.data.packing import build_stream
+from nemo_rl.objectives.preference import pair_indices
 from tiny_sequences import Sequences, answers, batches, make_batch, needed, size
 
 
@@ -89,8 +90,23 @@ def test_padding_of_a_batch_without_loss_predicts_last_tokens() -> None:
     silent = make_batch([[([7], [False])], [([7, 8, 9], [False] * 3), ([7, 8], [False] * 2)]])
     padding = padding_micro_batch(silent, max_tokens=10)
     assert padding.token_columns["loss_mask"].tolist() == [False, False, True, False, True]
-    with pytest.raises(DataError, match="give each rank a sequence"):
-        padding_micro_batch(silent.select([0]), max_tokens=10)
+
+
+def test_padding_of_a_batch_that_predicts_nothing_is_a_pair_with_its_columns() -> None:
+    silent = make_batch([[([7], [False])]])
+    columns = {"teacher_hidden": torch.ones(1, 5, dtype=torch.bfloat16), "advantages": torch.ones(1)}
+    silent = silent.with_columns(**columns).with_sequence_columns(
+        chosen=torch.tensor([False]), teacher=torch.tensor([3])
+    )
+    for empty in (silent, silent.select(torch.empty(0, dtype=torch.int64))):
+        padding = padding_micro_batch(empty, max_tokens=10)
+        assert len(pair_indices(padding)[0]) == 1
+        assert padding.token_columns.keys() == {"loss_mask", "loss_weights", *columns}
+        assert padding.token_columns["teacher_hidden"].shape == (4, 5)
+        assert padding.token_columns["teacher_hidden"].dtype == torch.bfloat16
+        assert not any(padding.token_columns[name].any() for name in ("loss_weights", *columns))
+        assert padding.sequence_columns["teacher"].tolist() == [0, 0]
+        assert len(build_stream(padding).target) == 2
 
 
 def log_normal_batch(group_size: int, prompt: int, response: int, num_groups: int, seed: int) -> TokenBatch:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -58,3 +59,9 @@ class Counter:
 
     def imported(self, module: str) -> bool:
         return module in sys.modules
+
+    def lock(self) -> Any:
+        return threading.Lock()
+
+    def leave(self, exit_code: int) -> None:
+        sys.exit(exit_code)

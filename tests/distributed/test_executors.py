@@ -15,9 +15,9 @@ from plain_worker import Counter  # pyright: ignore[reportImplicitRelativeImport
 
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.types import Rollout
+from nemo_rl.distributed.calls import joined
 from nemo_rl.distributed.executor import make_executor
 from nemo_rl.distributed.ray_executor import RayExecutor
-from nemo_rl.distributed.worker_group import WorkerGroup
 from nemo_rl.errors import ConfigError, DataError, WorkerError
 from nemo_rl.interfaces import Executor, Resources
 
@@ -25,7 +25,9 @@ SMALL = Resources(num_cpus=0.5)
 
 
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+    """Without multiprocessing's own helpers, which stay as long as this process."""
+    found = psutil.Process().children(recursive=True)
+    return {child.pid for child in found if not any("multiprocessing." in word for word in child.cmdline())}
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +110,37 @@ def test_event_loop_goes_on_while_a_call_is_awaited(executor: Executor) -> None:
     worker.stop()
 
 
-def test_group_gathers_in_rank_order_and_names_the_rank_that_failed_first(executor: Executor) -> None:
-    group = WorkerGroup(executor.start_group(Counter, [{"start": 10}, {"start": 20}], SMALL))
-    assert group.broadcast("add", 1) == [[10, 1], [20, 1]]
-    assert group.scatter("add", [3, 4]) == [[10, 1, 3], [20, 1, 4]]
-    running = group.workers[0].call("add", 5, 2.0)
+def test_answers_of_a_group_join_in_rank_order_and_the_first_failure_in_time_names_its_rank(
+    executor: Executor,
+) -> None:
+    group = executor.start_group(Counter, [{"start": 10}, {"start": 20}], SMALL)
+    assert len({os.getpid(), *(worker.call("pid").result(120) for worker in group)}) == 3
+    assert joined([w.call("add", 1) for w in group], list, "group.add").result(120) == [[10, 1], [20, 1]]
+    running = group[0].call("add", 5, 2.0)
     with pytest.raises(DataError) as caught:
-        group.broadcast("bad_data")
+        joined([running, *(worker.call("bad_data") for worker in reversed(group))], list, "group").result(120)
     with pytest.raises(TimeoutError):
-        running.result(0)  # the failure of rank 1 did not wait for rank 0
-    assert "rank 1 of 2" in caught.value.__notes__
-    assert running.result(120) == [10, 1, 3, 5]
-    group.stop()
+        running.result(0)  # the failure of the second call did not wait for the first
+    assert "rank 1 of 3" in caught.value.__notes__
+    assert "in bad_data" in caught.value.__notes__[0]  # with the traceback of the other process
+    assert running.result(120) == [10, 1, 5]
+    for worker in group:
+        worker.stop()
     with pytest.raises(DataError, match="no such data set"):
         executor.start_group(Counter, [{}, {"fail": True}], SMALL)
+
+
+def test_a_joined_future_can_be_awaited_and_fails_where_its_parts_cannot_be_combined() -> None:
+    assert joined([], list, "nobody").result(0) == []
+    with make_executor("local") as local:
+        worker = local.start(Counter, 3)
+
+        async def drive() -> int:
+            return await joined([worker.call("add", 4, 0.1), worker.call("echo", 5)], len, "both")
+
+        assert asyncio.run(drive()) == 2
+        with pytest.raises(TypeError):
+            joined([worker.call("echo", "not a number")], sum, "one").result(10)
 
 
 def test_stopped_worker_fails_the_calls_that_wait_for_it(executor: Executor) -> None:

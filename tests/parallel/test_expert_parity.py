@@ -37,7 +37,7 @@ def alone(job: str, folder: Path) -> Trained:
 @pytest.mark.parametrize("name", MESHES)
 def test_divided_experts_train_what_one_process_trains(name: str, mixture: Path) -> None:
     sizes = MESHES[name]
-    ranks = run_ranks(train_rank, sizes.world_size, sizes, JOBS, mixture, {"expert_parallel_size": sizes.expert})
+    ranks = run_ranks(train_rank, sizes.world_size, sizes, JOBS, mixture, {})
     wrong = [
         line
         for number, job in enumerate(JOBS)

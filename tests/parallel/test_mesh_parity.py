@@ -27,6 +27,12 @@ MESHES: dict[str, tuple[ParallelSizes, dict[str, Any], float]] = {
     "hsdp": (ParallelSizes(replicate=2, shard=2), {}, 0.51),
     "tp": (ParallelSizes(tensor=2), {}, 0.55),
     "tp-sp": (ParallelSizes(tensor=2), {"sequence_parallel": True}, 0.55),
+    "cp": (ParallelSizes(context=2), {}, 0.51),
+    "cp-ulysses": (ParallelSizes(context=2), {"context_parallel_kind": "ulysses"}, 0.51),
+    "cp-tp-sp": (ParallelSizes(context=2, tensor=2), {"sequence_parallel": True}, 0.3),
+    "fsdp2-cp": (ParallelSizes(shard=2, context=2), {}, 0.26),
+    "pp-cp": (ParallelSizes(pipeline=2, context=2), {}, 0.3),
+    "pp-tp-sp": (ParallelSizes(pipeline=2, tensor=2), {"sequence_parallel": True}, 0.35),
     "pp": (ParallelSizes(pipeline=2), {}, 0.6),
     "pp-gpipe": (ParallelSizes(pipeline=2), {"pipeline_schedule": "GPipe"}, 0.6),
     "pp-interleaved": (

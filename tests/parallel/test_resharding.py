@@ -14,7 +14,7 @@ from nemo_rl.training.pytorch.backend import PyTorchBackend
 from nemo_rl.training.pytorch.shards import whole
 from ranks import run_ranks
 from tiny_batches import rollout_batch
-from tiny_mesh import own_part
+from tiny_mesh import own_part, size_keys
 from tiny_models import embedded_folder, tiny_model
 
 MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
@@ -57,7 +57,7 @@ def run(
 ) -> dict[str, torch.Tensor]:
     sizes, settings = MESHES[name]
     mesh = Mesh(sizes, torch.device("cpu")) if sizes.world_size > 1 else None
-    backend = make(folder, mesh, settings)
+    backend = make(folder, mesh, {**size_keys(sizes), **settings})
     if load is not None:
         backend.load(load)
     if save is not None:

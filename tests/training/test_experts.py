@@ -13,9 +13,10 @@ from nemo_rl.data.packing import build_stream
 from nemo_rl.errors import ConfigError
 from nemo_rl.models.attention import TreeAttention
 from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.local import local_part
 from nemo_rl.training.pytorch.experts import exchange, expert_modules, grouped_product, shard_experts
 from nemo_rl.training.pytorch.routing import use_float32_routers
-from nemo_rl.training.pytorch.shards import local_part, whole
+from nemo_rl.training.pytorch.shards import whole
 from ranks import run_ranks
 from tiny_experts import MIXTURES, assert_close, gradients, rank_batch, weighted
 from tiny_models import tiny_model

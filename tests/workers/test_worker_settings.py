@@ -88,6 +88,29 @@ def test_a_worker_cuts_its_batches_as_asked(
     assert sizes == trained
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "tokens"),
+    [
+        ("concatenative", [27 + 26 + 23, 51]),
+        ("first_fit_decreasing", [51 + 27, 26 + 23]),
+        ("modified_first_fit_decreasing", [51 + 26 + 23, 27]),
+    ],
+)
+def test_a_worker_packs_as_asked(algorithm: str, tokens: list[int], tiny_llama: Path) -> None:
+    lengths = torch.tensor([27, 26, 23, 51]) + 1
+    last = lengths.cumsum(0) - 1
+    apart = TokenBatch(
+        torch.cat([torch.arange(length) + 10 * i + 3 for i, length in enumerate(lengths.tolist())]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        torch.arange(4),
+        {"loss_mask": torch.zeros(int(lengths.sum()), dtype=torch.bool).index_fill(0, last, True)},
+    )
+    worker = worker_with(tiny_llama, f"policy.sequence_packing.algorithm={algorithm}", "policy.logprob_mb_tokens=100")
+    with counted_passes() as sizes:
+        worker.logprobs(apart)
+    assert sizes == tokens
+
+
 def requests() -> list[GenerationRequest]:
     sampling = SamplingParams(max_new_tokens=2)
     return [GenerationRequest(torch.arange(4) + 10 * seed, sampling, seed) for seed in range(6)]

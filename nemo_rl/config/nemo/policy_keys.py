@@ -18,7 +18,7 @@ from nemo_rl.config.nemo.actions import (
     Table,
 )
 
-_ONE_DEVICE = "this version trains on one device: set it to 1"
+_ONE_PROCESS = "this model is not trained, and one process computes with it"
 _ONE_ENGINE = "this version splits the engine by tensor_parallel_size alone: set it to 1"
 _ON_DEVICE = "parameters stay on the device: lower train_mb_tokens if memory is short"
 _KEPT = "activations are kept: lower train_mb_tokens if memory is short"
@@ -49,7 +49,7 @@ def policy_keys(root: str) -> Table:
         ),
     }
     keys |= _tokenizer_keys(f"{root}.tokenizer", "tokenizer")
-    keys |= _DTENSOR | _dynamic_batching(root) | _sequence_packing(root)
+    keys |= _spread(root) | _dynamic_batching(root) | _sequence_packing(root)
     own = {f"{root}.{name}": action for name, action in keys.items()}
     return {**own, **generation_keys(f"{root}.generation", root)}
 
@@ -78,24 +78,39 @@ _DTENSOR: dict[str, Action] = {
         "_v2": NOTHING,
         "cpu_offload": Only((False,), Ignore(_ON_DEVICE)),
         "activation_checkpointing": Only((False,), Ignore(_KEPT)),
-        "sequence_parallel": Only((False,), Ignore("it has a meaning with tensor parallelism alone")),
-        "tensor_parallel_size": Only((1,), Refuse(_ONE_DEVICE)),
-        "context_parallel_size": Only((1,), Refuse(_ONE_DEVICE)),
-        "expert_parallel_size": Only((1,), Refuse(_ONE_DEVICE)),
-        "custom_parallel_plan": Only((None,), Ignore("it has a meaning with tensor parallelism alone")),
-        "defer_fsdp_grad_sync": Ignore("one device has no gradients to synchronise"),
-        "moe_parallelizer": Only((None, {}), Ignore("one device has no experts to spread")),
+        "defer_fsdp_grad_sync": Ignore("gradients are summed over the ranks as they come"),
+        "moe_parallelizer": Only((None, {}), Ignore("experts are spread by expert_parallel_size alone")),
         "clear_cache_every_n_steps": Only((None,), Ignore("the allocator's cache is left alone")),
         "env_vars": Only((None, {}), Ignore("set environment variables before the command")),
         "automodel_kwargs": Only((None, {}), Ignore("models are those of Transformers")),
         "lora_cfg": Off(Refuse("this version trains all weights: set enabled to false")),
     }.items()
 }
+_SIZES = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
+_TENSOR_PARALLEL = ("sequence_parallel", "custom_parallel_plan")
+
+
+def _spread(root: str) -> dict[str, Action]:
+    """The keys of `dtensor_cfg` that say how a model is spread over ranks."""
+    if root != "policy":  # not trained
+        alone: dict[str, Action] = {name: Only((1,), Ignore(_ONE_PROCESS)) for name in _SIZES}
+        alone |= {name: Only((False, None), Ignore(_ONE_PROCESS)) for name in _TENSOR_PARALLEL}
+        return _DTENSOR | {f"dtensor_cfg.{name}": action for name, action in alone.items()}
+    kept: dict[str, Action] = {name: Only((1,), Keep()) for name in _SIZES}
+    kept |= {name: Convert(partial(_with_tensor_parallelism, root)) for name in _TENSOR_PARALLEL}
+    return _DTENSOR | {f"dtensor_cfg.{name}": action for name, action in kept.items()}
+
+
+def _with_tensor_parallelism(root: str, value: Any, config: Config) -> Action | None:
+    """NeMo RL lets it stand where no rank divides a layer."""
+    if config.get(f"{root}.dtensor_cfg.tensor_parallel_size", 1) != 1:
+        return Keep()
+    return Ignore("it has a meaning with tensor parallelism alone") if value else NOTHING
 
 
 def dtensor_keys(root: str) -> Table:
     """The table of a section `dtensor_cfg` inside of `root`."""
-    return {f"{root}.{name}": action for name, action in _DTENSOR.items()}
+    return {f"{root}.{name}": action for name, action in _spread(root).items()}
 
 
 def _batching(root: str, name: str) -> dict[str, Action]:

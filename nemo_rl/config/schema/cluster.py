@@ -23,3 +23,13 @@ class ClusterConfig(Section):
 
     startup_timeout_seconds: PositiveFloat = 120.0
     """How long to wait until all workers stand, in seconds."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that a model is spread over."""
+        return self.num_nodes * self.ranks_on_a_node
+
+    @property
+    def ranks_on_a_node(self) -> int:
+        """Those of them on each node."""
+        return self.ranks_per_node or max(self.gpus_per_node, 1)

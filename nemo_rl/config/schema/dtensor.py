@@ -6,6 +6,8 @@ from pydantic import model_validator
 
 from nemo_rl.config.schema.base import PositiveInt, Section, conflict
 
+type ContextKind = Literal["allgather", "ulysses"]
+
 
 class DTensorConfig(Section):
     """How a model is spread over the ranks of `cluster`; those that no size takes share data and weights (FSDP2)."""
@@ -19,7 +21,7 @@ class DTensorConfig(Section):
     context_parallel_size: PositiveInt = 1
     """Ranks that divide the tokens of every sequence among them."""
 
-    context_parallel_kind: Literal["allgather", "ulysses"] = "allgather"
+    context_parallel_kind: ContextKind = "allgather"
     """How a context-parallel rank comes to the keys of the others: `allgather` collects them, `ulysses` exchanges
     heads for tokens, which takes less memory and needs as many key heads as ranks."""
 

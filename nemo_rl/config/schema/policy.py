@@ -111,7 +111,7 @@ class ModelConfig(Section):
     """Where the model lives; `auto` is the GPU when there is one."""
 
     num_threads: PositiveInt | None = None
-    """CPU threads of the model's arithmetic; None is PyTorch's own choice."""
+    """CPU threads of the model's arithmetic, which its ranks on a node divide; None is PyTorch's own choice."""
 
 
 class TrainedPolicyConfig(ModelConfig):

@@ -16,7 +16,7 @@ from nemo_rl.config.schema.moe import MoEConfig
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.mesh import Mesh
-from nemo_rl.errors import BackendError
+from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
@@ -104,6 +104,11 @@ def _load_whole(
 def _balance(config: MoEConfig, mesh: Mesh | None) -> Balance | None:
     if not (config.balance_coefficient or config.bias_update_rate):
         return None
+    if mesh is not None and mesh.sizes.context > 1:
+        raise ConfigError(
+            "experts are balanced over whole sequences; set policy.dtensor_cfg.context_parallel_size to 1, or "
+            "policy.moe.balance_coefficient and policy.moe.bias_update_rate to 0"
+        )
     group = None if mesh is None else mesh.sequences["data"].get_group()
     return Balance(config.balance_coefficient, config.bias_update_rate, group)
 
@@ -221,7 +226,7 @@ class PyTorchBackend:
             self._spread.exchange(parameters, self._reference)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks at once."""
+        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; all ranks take part."""
         named = self.model.module.named_parameters()
         own = ((name, parameter) for name, parameter in named if not name.startswith(VALUE_HEAD))
         for name, weight in self._spread.stream(own):

@@ -10,7 +10,7 @@ The loss is the sum of what the ranks call backward on, so each of c ranks divid
 gradient, the head's too, is the sum over the ranks.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import lcm
 
 import torch
@@ -22,6 +22,7 @@ from nemo_rl.data.stream_split import StreamSplit
 from nemo_rl.distributed.collectives import all_gather, exchange
 from nemo_rl.errors import ConfigError
 from nemo_rl.models.attention import TreeAttention, Weighting
+from nemo_rl.models.hidden import Score
 
 
 class GatheredContext:
@@ -73,6 +74,30 @@ class UlyssesContext:
             weighting = replace(weighting, sinks=weighting.sinks.chunk(num_ranks)[rank])
         output = self._tree.attend(layer, q, k, v, weighting).index_select(0, self._places)
         return exchange(output.unflatten(0, (num_ranks, -1)), self._group).transpose(0, 1).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitHidden:
+    """The last hidden states of a stream whose tokens lie on several ranks (`nemo_rl.models.hidden.Hidden`).
+
+    Attributes:
+        states: [S/c, H], of this rank's tokens.
+        split: where all tokens are.
+        group: the c ranks, all of which ask for the same.
+    """
+
+    states: Tensor
+    split: StreamSplit
+    group: dist.ProcessGroup
+
+    def rows(self, predictor: Tensor) -> Tensor:
+        return gather_rows(self.states, self.split, predictor, self.group)
+
+    def scores(self, predictor: Tensor, target: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+        """Every rank scores its share."""
+        mine = spread_rows(self.rows(predictor), self.group)
+        first, second = score(mine, spread_rows(target.to(mine.device), self.group))
+        return gather_scores(first, len(target), self.group), gather_scores(second, len(target), self.group)
 
 
 def key_head_repeats(num_heads: int, num_key_heads: int, num_ranks: int) -> int:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_rl.errors import ConfigError
-from nemo_rl.training.pytorch.shards import local_part
+from nemo_rl.models.local import local_part
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,15 +11,24 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
-from nemo_rl.config.schema.dtensor import DTensorConfig
+from nemo_rl.config.schema.dtensor import ContextKind, DTensorConfig
+from nemo_rl.data.packing import Stream
+from nemo_rl.data.padding import pad_stream
+from nemo_rl.data.stream_split import split_stream
 from nemo_rl.distributed.mesh import Mesh
+from nemo_rl.distributed.vocabulary import ShardedVocabulary
 from nemo_rl.errors import ConfigError
 from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.hidden import Hidden, WholeHidden
 from nemo_rl.models.precision import Precision
 from nemo_rl.models.scalar_model import ScalarModel
+from nemo_rl.models.stream_model import StreamModel
+from nemo_rl.training.pytorch.context import GatheredContext, SplitHidden, UlyssesContext, key_head_repeats
 from nemo_rl.training.pytorch.experts import expert_modules, shard_experts
 from nemo_rl.training.pytorch.pipeline import SPLITS_BACKWARD, Pipeline, keep_stages, tied_embedding
 from nemo_rl.training.pytorch.spread import OverMesh
@@ -32,11 +41,23 @@ class FullySharded:
 
     Attributes:
         root: the whole model.
-        multiple: the tokens of a stream must be a multiple of it.
+        divided: ranks that divide the tokens between the layers of a tensor-parallel model.
+        context: the ranks that divide the tokens throughout.
+        context_kind: how they come to each other's keys.
     """
 
     root: FSDPModule
-    multiple: int = 1
+    divided: int
+    context: dist.ProcessGroup
+    context_kind: ContextKind
+
+    @property
+    def copies(self) -> int:
+        return self.context.size()
+
+    @property
+    def parts(self) -> int:
+        return self.divided * self.copies
 
     def run[T](self, function: Callable[[], T]) -> T:
         """Call a function with the weights outside of the layers gathered; without gradient, let go of them after."""
@@ -45,6 +66,17 @@ class FullySharded:
         finally:
             if not torch.is_grad_enabled():
                 self.root.reshard()
+
+    def read(self, model: StreamModel, stream: Stream, received: Tensor | None) -> Hidden:
+        """Run the trunk over this rank's part of the tokens."""
+        if self.copies == 1:
+            return WholeHidden(model.stream_hidden(pad_stream(stream, self.divided), received))
+        split = split_stream(stream, self.copies, multiple=self.divided)
+        part, device = split.part(self.context.rank()), model.device
+        kind = GatheredContext if self.context_kind == "allgather" else UlyssesContext
+        plan = kind(split, self.context, device)
+        states = model.hidden(part.input_ids.to(device), part.position_ids.to(device), plan, received)
+        return SplitHidden(states, split, self.context)
 
 
 def parallelize[M: (CausalLM, ScalarModel)](
@@ -72,6 +104,11 @@ def parallelize[M: (CausalLM, ScalarModel)](
     if sizes.tensor > 1:
         plan = tensor_plan(module, config.custom_parallel_plan)
         apply_tensor_parallel(model, mesh.tensor, plan, sequence_parallel=config.sequence_parallel)
+        if isinstance(model, CausalLM) and isinstance(model.head.weight, DTensor):
+            group, total = mesh.tensor.get_group(), len(model.head.weight)
+            model = replace(model, vocabulary=ShardedVocabulary(group, total))
+    if sizes.context > 1:
+        _check_context(model, mesh, config)
     if sizes.pipeline < sizes.world_size:
         if sizes.pipeline > 1 and config.pipeline_schedule in SPLITS_BACKWARD:
             raise ConfigError(
@@ -80,15 +117,29 @@ def parallelize[M: (CausalLM, ScalarModel)](
             )
         cast_to = None if precision.weights == torch.float32 else precision.weights
         root = _shard(model, mesh, cast_to)
-        model = replace(model, runner=FullySharded(root, sizes.tensor if config.sequence_parallel else 1))
+        divided = sizes.tensor if config.sequence_parallel else 1
+        runner = FullySharded(root, divided, mesh.context.get_group(), config.context_parallel_kind)
+        model = replace(model, runner=runner)
     pipeline = None
     if sizes.pipeline > 1:
         pipeline = Pipeline(model, mesh.pipeline, config.pipeline_schedule, config.pipeline_stages_per_rank, precision)
     return model, OverMesh(mesh, pipeline, tied)
 
 
+def _check_context(model: StreamModel, mesh: Mesh, config: DTensorConfig) -> None:
+    if not model.takes_plans:
+        raise ConfigError(
+            f"the tokens of {type(model.module).__name__} are mixed by more than attention, so ranks cannot divide "
+            "them; set policy.dtensor_cfg.context_parallel_size to 1"
+        )
+    if config.context_parallel_kind == "ulysses":
+        text = model.module.config.get_text_config()
+        heads, key_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", text.num_attention_heads)
+        key_head_repeats(heads // mesh.sizes.tensor, key_heads // mesh.sizes.tensor, mesh.sizes.context)
+
+
 def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype | None) -> FSDPModule:
-    """Shard every layer on its own, and the rest of the model together, which stays gathered until the backward pass."""
+    """Shard every layer on its own, and the rest of the model together, which stays gathered until the end."""
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     settings: Mapping[str, Any] = {"mesh": mesh.weights, "mp_policy": policy}

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from nemo_rl.data.padding import pad_stream
-from nemo_rl.errors import ConfigError, NemoRLError
+from nemo_rl.errors import BackendError, ConfigError, NemoRLError
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.precision import Precision
 from nemo_rl.models.scalar_model import ScalarModel
@@ -98,14 +98,14 @@ class Stage(nn.Module):
 
         def run() -> Tensor:
             with arithmetic(model, self.autocast), one.within():
-                hidden = model.stream_hidden(one.stream, None if self.is_first else received)
+                hidden = model.read(one.stream, None if self.is_first else received)
             if not self.is_last:
-                return hidden[None].clone()  # torch's schedules detach it in place, which a view forbids
-            found = one.finish(hidden if one.trunk_learns else hidden.detach() + 0 * hidden)
+                return hidden.states[None].clone()  # torch's schedules detach it in place, which a view forbids
+            found = one.finish(hidden)
             if isinstance(found, Tensor):
-                return found
+                return found / model.runner.copies
             self.found.append(found)
-            return hidden.new_zeros(())
+            return received.new_zeros(())
 
         return model.runner.run(run)
 
@@ -128,7 +128,7 @@ class Pipeline:
         self._mesh, self._schedule, self._dtype = mesh, schedule, precision.weights
         self._num_stages = mesh.size() * per_rank
         self._hidden_size = int(model.module.config.get_text_config().hidden_size)
-        self._device, self._multiple = model.device, model.runner.multiple
+        self._device, self._parts = model.device, model.runner.parts
         num_layers = len(cast(nn.ModuleList, model.trunk.layers))
         self._stages = [
             Stage(model, i, self._num_stages, layers_of(i, self._num_stages, num_layers), precision.autocast)
@@ -149,6 +149,11 @@ class Pipeline:
     def train(self, passes: Iterable[Pass]) -> int:
         """Run forward and backward for all of them under the schedule."""
         given, width = self._aligned(passes)
+        if not all(one.trunk_learns for one in given):
+            raise BackendError(
+                "a head cannot be trained alone on a trunk in pipeline stages; set policy.dtensor_cfg."
+                "pipeline_parallel_size to 1"
+            )
         numbers = torch.arange(len(given), device=self._device)
         stages = [self._torch_stage(stage, width) for stage in self._stages]
         kind = get_schedule_class(self._schedule)
@@ -192,8 +197,8 @@ class Pipeline:
         """All of them, with streams of one length, and the tokens of it that pass between ranks."""
         given = list(passes)
         longest = max((len(one.stream.input_ids) for one in given), default=0)
-        longest += -longest % self._multiple
-        return [replace(one, stream=pad_stream(one.stream, longest)) for one in given], longest // self._multiple
+        longest += -longest % self._parts
+        return [replace(one, stream=pad_stream(one.stream, longest)) for one in given], longest // self._parts
 
     @contextmanager
     def _running(self, passes: Sequence[Pass]) -> Generator[None]:

@@ -1,4 +1,4 @@
-"""Tensors that are spread over ranks: their local parts, their whole, and the norm of many of them."""
+"""Tensors that are spread over ranks: the whole of one, and the norm of many of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,11 +7,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds, with gradient; a tensor that is not spread is whole here."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

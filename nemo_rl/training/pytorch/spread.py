@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_rl.distributed.mesh import Mesh
+from nemo_rl.models.local import local_part
 from nemo_rl.training.pytorch.pipeline import Pipeline
-from nemo_rl.training.pytorch.shards import clip_grad_norm, local_part, whole
+from nemo_rl.training.pytorch.shards import clip_grad_norm, whole
 
 
 class Spread(Protocol):
