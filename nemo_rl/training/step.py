@@ -19,6 +19,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.cost import useful_tokens
 from nemo_rl.data.micro_batches import cut, padding_micro_batch
 from nemo_rl.data.packing import Stream, build_stream
+from nemo_rl.data.transfer import moved
 from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics, Sum, merge
@@ -131,15 +132,15 @@ class Scorer:
             truncation=self.truncation,
             with_entropy=with_entropy,
         )
-        # equal answers ask for the same predictions: each goes through the head once
-        pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
-        predictor, target = pairs
+        predictor, target, place = _distinct(stream)
         weight, bias = model.head_rows()
         logprobs, entropy = hidden.scores(predictor, target, partial(_score, head, weight, bias))
-        place = place.to(self.device)
+        if place is not None:
+            place = moved(place, self.device)
+            logprobs, entropy = logprobs[place], entropy[place]
         critic = model.value_head if with_entropy else None
         values = None if critic is None else scalar_values(critic, hidden.rows(stream.predictor))
-        return TokenOutputs(logprobs[place], entropy[place], values)
+        return TokenOutputs(logprobs, entropy, values)
 
     def _logits(self, model: CausalLM) -> Callable[[Tensor], Tensor]:
         """The LM head as an objective calls it, outside of `score`."""
@@ -159,6 +160,18 @@ class Scorer:
 
     def _arithmetic(self) -> torch.autocast:
         return arithmetic(self.model, self.autocast)
+
+
+def _distinct(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Predictor and target of the predictions that are asked for, and which of them each of the M is.
+
+    Equal answers ask for the same ones, and each goes through the head once; None if they are all different.
+    """
+    if (stream.predictor.diff() > 0).all():
+        return stream.predictor, stream.target, None
+    num_targets = int(stream.target.max()) + 1
+    pairs, place = (stream.predictor * num_targets + stream.target).unique(return_inverse=True)
+    return pairs // num_targets, pairs % num_targets, place
 
 
 def train_step(
@@ -192,33 +205,41 @@ def train_step(
     counts = None if balance is None else balance.total(_count_experts(scorer, batch, objective, max_tokens))
     watch = RouterWatch(scorer.model.module, balance.coefficient if balance else 0.0, counts)
     parts: list[Metrics] = []
+    losses: list[Tensor] = []
 
     def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> Tensor:
         loss, metrics = _loss(scorer, micro_batch, objective, stream, hidden)
-        if not math.isfinite(metrics["loss"].value):
-            raise BackendError(
-                f"the loss is {metrics['loss'].value}; lower the learning rate or look at the rollouts of this step"
-            )
         if counts:
+            losses.append(loss.detach())
             parts.append(metrics)
         return loss
 
     if not scorer.passes.train(_passes(scorer, batch, objective, max_tokens, finish, watch)):
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
+    loss = _sum(losses)
+    if not math.isfinite(loss.value):
+        raise BackendError(f"the loss is {loss.value}; lower the learning rate or look at the rollouts of this step")
     updated = update()
     if balance is not None and counts is not None and balance.bias_rate:
         update_biases(scorer.model.module, counts, balance.bias_rate)
-    return merge([*parts, *watch.metrics, updated, _packed(parts, batch, max_tokens, scorer.min_shared)])
+    packed = _packed(parts, batch, max_tokens, scorer.min_shared)
+    return merge([*parts, *watch.metrics, updated, {"loss": loss}, packed])
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
     """The objective's metrics and the loss of a batch, cut as in training; no gradient."""
 
-    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> tuple[Metrics, bool]:
-        return _loss(scorer, micro_batch, objective, stream, hidden)[1], counts
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> tuple[Tensor, Metrics] | None:
+        loss, metrics = _loss(scorer, micro_batch, objective, stream, hidden)
+        return (loss, metrics) if counts else None
 
-    run = scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish))
-    return merge(metrics for metrics, counts in run if counts)
+    run = [found for found in scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish)) if found]
+    return merge([*(metrics for _, metrics in run), {"loss": _sum([loss for loss, _ in run])}])
+
+
+def _sum(losses: list[Tensor]) -> Sum:
+    """Add up the losses of the micro-batches, in one transfer from the device: each would have to wait for it."""
+    return Sum(sum(torch.stack(losses).tolist())) if losses else Sum(0.0)
 
 
 def _passes(
@@ -251,13 +272,12 @@ def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_
 def _loss(
     scorer: Scorer, micro_batch: TokenBatch, objective: Objective, stream: Stream, hidden: Hidden
 ) -> tuple[Tensor, Metrics]:
-    """The loss of a micro-batch, a part of that of the batch, and its metrics."""
+    """The loss of a micro-batch, a part of that of the batch, and its metrics but for the loss."""
     outputs = scorer.outputs(hidden, stream, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
     token_loss, metrics = objective(outputs, tokens)
     loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
     counted: Metrics = {
-        "loss": Sum(loss.item()),
         "tokens_computed": Sum(len(stream.input_ids)),
         "loss_tokens": Sum(len(stream.target)),
         "micro_batches": Sum(1),
@@ -281,10 +301,14 @@ def score_tokens(
 ) -> Tensor:
     """Log-probabilities or values, float32 [N], of the tokens that carry loss, 0 elsewhere; no gradient."""
     scores = torch.zeros(batch.num_tokens)
+    found: list[Tensor] = []  # fetched at the end: the device never waits for the host
+    places: list[Tensor] = []
     for outputs, where in read_tokens(scorer, batch, reads, max_tokens=max_tokens):
         assert not isinstance(outputs, DistributionOutputs)  # not what was asked for
-        found = outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs
-        scores[where] = found.cpu()
+        found.append(outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs)
+        places.append(where)
+    if found:
+        scores[torch.cat(places)] = torch.cat(found).float().cpu()
     return scores
 
 

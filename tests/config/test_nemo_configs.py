@@ -211,7 +211,6 @@ def test_eval_is_translated_with_its_report() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("policy.dtensor_cfg.lora_cfg.enabled=true", "this version trains all weights: set enabled to false"),
         ("policy.megatron_cfg.enabled=true", "set enabled to false and give policy.optimizer and scheduler"),
         ("grpo.async_grpo.enabled=true", "sampling and training take turns: set enabled to false"),
         ("grpo.batch_multiplier=2", "without dynamic sampling as many prompts are sampled as are trained on"),
@@ -279,8 +278,8 @@ def test_a_teacher_is_computed_in_one_process_wherever_nemo_rl_spreads_it(tmp_pa
 
 
 def test_several_problems_are_told_together() -> None:
-    message = error_of(FILES / "grpo_v03.yaml", "policy.dtensor_cfg.lora_cfg.enabled=true", "grpo.nonsense=1")
-    assert "lora_cfg.enabled = True" in message
+    message = error_of(FILES / "grpo_v03.yaml", "grpo.async_grpo.enabled=true", "grpo.nonsense=1")
+    assert "async_grpo.enabled = True" in message
     assert "unknown key grpo.nonsense" in message
 
 
@@ -374,6 +373,29 @@ def test_a_rule_about_what_is_missing_ends_when_the_schema_has_the_key() -> None
     tree = Tree({"grpo": {"seq_logprob_error_threshold": 2.0, "batch_multiplier": 1}})
     assert translate(tree, schema) == ()
     assert tree.values == {"grpo": {"seq_logprob_error_threshold": 2.0}}
+
+
+def test_adapters_are_translated(tmp_path: Path) -> None:
+    lora = (
+        "{enabled: true, target_modules: [], exclude_modules: [], match_all_linear: true, dim: 128, alpha: 64,"
+        " dropout: 0.0, dropout_position: post, lora_A_init: xavier, use_triton: true}"
+    )
+    path = tmp_path / "lora.yaml"
+    path.write_text(f"defaults: {FILES / 'grpo_v03.yaml'}\npolicy:\n  dtensor_cfg:\n    lora_cfg: {lora}\n")
+    clean, noted = migrated(path)
+    assert clean["policy"]["dtensor_cfg"]["lora_cfg"] == {
+        "enabled": True,
+        "target_modules": [],
+        "exclude_modules": [],
+        "match_all_linear": True,
+        "dim": 128,
+        "alpha": 64,
+        "dropout": 0.0,
+        "dropout_position": "post",
+        "lora_A_init": "xavier",
+    }
+    names = [name for name in noted if "lora_cfg" in name]
+    assert names == ["policy.dtensor_cfg.lora_cfg.match_all_linear", "policy.dtensor_cfg.lora_cfg.use_triton"]
 
 
 @pytest.mark.parametrize(
