@@ -247,7 +247,7 @@ def _passes(
     batch: TokenBatch,
     objective: Objective,
     max_tokens: int,
-    finish: Callable[[TokenBatch, bool, Stream, Tensor], Any],
+    finish: Callable[[TokenBatch, bool, Stream, Hidden], Any],
     watch: RouterWatch | ExpertCounts | None = None,
 ) -> Iterator[Pass]:
     for micro_batch, counts in scorer.cut(batch, max_tokens):
