@@ -6,6 +6,7 @@ is cut into micro-batches changes nothing but the memory it takes.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenHead, TokenOutput
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.objectives.value import ScalarOutputs
 from nemo_rl.training.passes import InOrder, Pass, Passes, arithmetic
+from nemo_rl.training.pytorch.routing import Balance, ExpertCounts, RouterWatch, update_biases
 
 type Outputs = TokenOutputs | DistributionOutputs | ScalarOutputs
 
@@ -173,7 +175,13 @@ def _distinct(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def train_step(
-    scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int, update: Callable[[], Metrics]
+    scorer: Scorer,
+    batch: TokenBatch,
+    objective: Objective,
+    *,
+    max_tokens: int,
+    update: Callable[[], Metrics],
+    balance: Balance | None = None,
 ) -> Metrics:
     """Add up the gradients of all micro-batches, then call `update` (clip, step, schedule) once.
 
@@ -183,16 +191,19 @@ def train_step(
         objective: gives every loss token's loss.
         max_tokens: budget of a micro-batch in computed tokens.
         update: applies the accumulated gradients and returns its own metrics.
+        balance: how the experts of a mixture are kept equally busy (see `Balance.check`), or None.
 
     Returns:
         The objective's metrics, `update`'s, `loss`, the tokens given, with loss and computed, and how well they were
         packed: `packing_fill`, computed tokens per token of budget, and `tokens_computed_per_token`, computed tokens
-        per token that must enter the model.
+        per token that must enter the model. Of a mixture of experts also what a `RouterWatch` tells.
 
     Raises:
         DataError: no token of the batch, or of any rank's that `scorer.agree` speaks for, carries loss.
         BackendError: the loss is not finite; no weight has changed then.
     """
+    counts = None if balance is None else balance.total(_count_experts(scorer, batch, objective, max_tokens))
+    watch = RouterWatch(scorer.model.module, balance.coefficient if balance else 0.0, counts)
     parts: list[Metrics] = []
     losses: list[Tensor] = []
 
@@ -203,12 +214,16 @@ def train_step(
             parts.append(metrics)
         return loss
 
-    if not scorer.passes.train(_passes(scorer, batch, objective, max_tokens, finish)):
+    if not scorer.passes.train(_passes(scorer, batch, objective, max_tokens, finish, watch)):
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
     loss = _sum(losses)
     if not math.isfinite(loss.value):
         raise BackendError(f"the loss is {loss.value}; lower the learning rate or look at the rollouts of this step")
-    return merge([*parts, update(), {"loss": loss}, _packed(parts, batch, max_tokens, scorer.min_shared)])
+    updated = update()
+    if balance is not None and counts is not None and balance.bias_rate:
+        update_biases(scorer.model.module, counts, balance.bias_rate)
+    packed = _packed(parts, batch, max_tokens, scorer.min_shared)
+    return merge([*parts, *watch.metrics, updated, {"loss": loss}, packed])
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
@@ -232,11 +247,26 @@ def _passes(
     batch: TokenBatch,
     objective: Objective,
     max_tokens: int,
-    finish: Callable[[TokenBatch, bool, Stream, Tensor], Any],
+    finish: Callable[[TokenBatch, bool, Stream, Hidden], Any],
+    watch: RouterWatch | ExpertCounts | None = None,
 ) -> Iterator[Pass]:
     for micro_batch, counts in scorer.cut(batch, max_tokens):
         stream = scorer.stream(micro_batch)
-        yield Pass(stream, partial(finish, micro_batch, counts, stream), objective.reads != "head_values")
+        within = nullcontext
+        if watch is not None and scorer.model.takes_plans:  # on padded rows, routers see padding too
+            within = partial(watch.over, stream.predictor, counts)
+        yield Pass(stream, partial(finish, micro_batch, counts, stream), objective.reads != "head_values", within)
+
+
+def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_tokens: int) -> Tensor:
+    """How often the predictions of the batch choose each expert of each layer here: int64 [layers, E]."""
+
+    def finish(*_: object) -> None: ...
+
+    counts = ExpertCounts(scorer.model.module)
+    for _ in scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish, counts)):
+        pass
+    return counts.stacked()
 
 
 def _loss(

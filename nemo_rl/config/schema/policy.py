@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section, conflict
 from nemo_rl.config.schema.dtensor import DTensorConfig
 from nemo_rl.config.schema.generation import GenerationSpec
+from nemo_rl.config.schema.moe import MoEConfig
 
 
 class TokenizerConfig(Section):
@@ -146,6 +147,9 @@ class TrainedPolicyConfig(ModelConfig):
 
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """How the model is spread over several ranks, and which part of it is trained."""
+
+    moe: MoEConfig = MoEConfig()
+    """How a mixture of experts is trained; a dense model ignores it."""
 
     @model_validator(mode="after")
     def _chain_is_whole(self) -> Self:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from nemo_rl.config.schema.moe import MoEConfig
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.mesh import Mesh
@@ -29,8 +30,10 @@ from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
+from nemo_rl.training.pytorch.experts import shard_experts
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
 from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.routing import Balance, selection_biases, use_float32_routers
 from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
@@ -71,14 +74,19 @@ def _load(
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
     precision, lora = precision_of(config.precision, device), config.dtensor_cfg.lora_cfg
-    if mesh is None:
-        return *_load_whole(config, source, head, tokenizer, device, precision.weights), Alone()
-    if lora.quantize != "none":
+    if mesh is not None and lora.quantize != "none":
         raise ConfigError("compressed weights are not spread: set lora_cfg.quantize to none, or train in one process")
     # sharded weights that are trained are their own masters
-    is_master = mesh.sizes.pipeline < mesh.sizes.world_size and not lora.enabled
+    is_master = mesh is not None and mesh.sizes.pipeline < mesh.sizes.world_size and not lora.enabled
     held = torch.float32 if is_master else precision.weights
     model, adapters = _load_whole(config, source, head, tokenizer, device, held)
+    if balance := _balance(config.moe, mesh):
+        balance.check(model.module, model.takes_plans)
+    if config.moe.float32_routers:
+        use_float32_routers(model.module)
+    if mesh is None:
+        shard_experts(model.module)
+        return model, adapters, Alone()
     model, spread = parallelize(model, mesh, config.dtensor_cfg, precision)
     return model, adapters, spread
 
@@ -105,6 +113,18 @@ def _load_whole(
         return ScalarModel.wrap(module.eval()), adapters
     model = CausalLM.wrap(module.eval())
     return model.with_value_head() if head == "language_and_value" else model, adapters
+
+
+def _balance(config: MoEConfig, mesh: Mesh | None) -> Balance | None:
+    if not (config.balance_coefficient or config.bias_update_rate):
+        return None
+    if mesh is not None and mesh.sizes.context > 1:
+        raise ConfigError(
+            "experts are balanced over whole sequences; set policy.dtensor_cfg.context_parallel_size to 1, or "
+            "policy.moe.balance_coefficient and policy.moe.bias_update_rate to 0"
+        )
+    group = None if mesh is None else mesh.sequences["data"].get_group()
+    return Balance(config.balance_coefficient, config.bias_update_rate, group)
 
 
 class PyTorchBackend:
@@ -142,6 +162,8 @@ class PyTorchBackend:
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
+        self._balance = _balance(config.moe, mesh)
+        self._biases = selection_biases(module) if config.moe.bias_update_rate else {}
         self._reference = [p.detach().clone() for p in self._trained()] if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
@@ -163,7 +185,9 @@ class PyTorchBackend:
         dropout = self._adapters.dropout(seed=self._optimizer_steps) if self._adapters else nullcontext()
         try:
             with dropout:
-                return train_step(self._scorer, batch, objective, max_tokens=max_tokens, update=self._update)
+                return train_step(
+                    self._scorer, batch, objective, max_tokens=max_tokens, update=self._update, balance=self._balance
+                )
         finally:
             self._optimizer.zero_grad()  # also those of a step that failed halfway
 
@@ -232,7 +256,8 @@ class PyTorchBackend:
 
     def _state(self) -> TrainingState:
         identity = {**model_identity(self.model.module.config), **(self._adapters.identity if self._adapters else {})}
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._spread.is_shared)
+        weights = {**self._masters.named, **self._biases}
+        return TrainingState(weights, self._optimizer, self._scheduler, identity, self._spread.is_shared)
 
     def save(self, folder: Path) -> None:
         """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""

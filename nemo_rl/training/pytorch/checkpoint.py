@@ -59,8 +59,8 @@ class TrainingState:
     """All that a training step reads and changes; loading fills these very objects.
 
     Attributes:
-        weights: what the optimizer steps, by name (`MasterWeights.named`).
-        optimizer: over exactly these weights.
+        weights: what the optimizer steps, by name (`MasterWeights.named`), and what else a step changes.
+        optimizer: over weights that have names here.
         scheduler: of that optimizer.
         identity: of the model (`model_identity`).
         is_shared: every rank of the process group has such a state, and all of them save and load together. What is

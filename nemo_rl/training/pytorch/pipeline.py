@@ -97,7 +97,7 @@ class Stage(nn.Module):
         one, model = self.passes[int(number)], self.model[0]
 
         def run() -> Tensor:
-            with arithmetic(model, self.autocast):
+            with arithmetic(model, self.autocast), one.within():
                 hidden = model.read(one.stream, None if self.is_first else received)
             if not self.is_last:
                 return hidden.states[None].clone()  # torch's schedules detach it in place, which a view forbids
