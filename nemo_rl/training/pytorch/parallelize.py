@@ -79,9 +79,9 @@ class FullySharded:
         return SplitHidden(states, split, self.context)
 
 
-def parallelize[M: (CausalLM, ScalarModel)](
-    model: M, mesh: Mesh, config: DTensorConfig, precision: Precision
-) -> tuple[M, OverMesh]:
+def parallelize(
+    model: CausalLM | ScalarModel, mesh: Mesh, config: DTensorConfig, precision: Precision
+) -> tuple[CausalLM | ScalarModel, OverMesh]:
     """Spread a model over the ranks of a mesh, all of which call this with the same weights.
 
     Args:
@@ -150,7 +150,7 @@ def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype |
         if any(True for _ in layer.parameters()):  # not what another stage holds
             fully_shard(layer, **settings)
     module = model.module
-    module.run = MethodType(_call, module)  # pyright: ignore[reportAttributeAccessIssue]
+    module.__dict__["run"] = MethodType(_call, module)
     root = fully_shard(module, **settings, reshard_after_forward=False)
     register_fsdp_forward_method(module, "run")
     for part in module.modules():

@@ -228,7 +228,9 @@ class Pipeline:
         )
 
 
-def keep_stages[M: (CausalLM, ScalarModel)](model: M, mesh: DeviceMesh, schedule: str, per_rank: int) -> M:
+def keep_stages(
+    model: CausalLM | ScalarModel, mesh: DeviceMesh, schedule: str, per_rank: int
+) -> CausalLM | ScalarModel:
     """Cut a whole model down to what this rank of a pipeline holds; parameters keep their names.
 
     Args:
@@ -275,7 +277,7 @@ def tied_embedding(model: CausalLM | ScalarModel) -> str | None:
     return next(name for name, parameter in model.module.named_parameters() if parameter is embedding.weight)
 
 
-def _without_head[M: (CausalLM, ScalarModel)](model: M) -> M:
+def _without_head(model: CausalLM | ScalarModel) -> CausalLM | ScalarModel:
     """The model without the memory of its head, which another rank holds."""
     head = model.head if isinstance(model, CausalLM) else model.score
     empty = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
