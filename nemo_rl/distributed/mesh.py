@@ -7,6 +7,7 @@ the weights they are shards too. Expert parallelism takes its ranks from those s
 the experts of a layer.
 """
 
+import logging
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -205,6 +206,8 @@ class RankPlace:
         if device_type == "cuda":
             device = torch.device("cuda", self.rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
+        # it warns that a weight spread over two axes is gathered along one after the other
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         store = dist.TCPStore(self.host, self.port, is_master=False, timeout=_TIMEOUT)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",

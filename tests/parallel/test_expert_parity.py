@@ -19,6 +19,7 @@ MESHES = {
     "ep-fsdp2": ParallelSizes(shard=4, expert=2),
     "ep-hsdp": ParallelSizes(replicate=2, shard=2, expert=2),
     "pp-ep": ParallelSizes(pipeline=2, shard=2, expert=2),
+    "ep-tp": ParallelSizes(shard=2, tensor=2, expert=2),
 }
 
 

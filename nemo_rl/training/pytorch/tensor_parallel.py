@@ -52,7 +52,11 @@ def tensor_plan(model: PreTrainedModel, custom: str | Mapping[str, str] | None) 
         if not isinstance(custom, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError("custom_parallel_plan must be a mapping of names to styles, or a function that makes one")
     plan = dict(custom if custom is not None else cast(Mapping[str, str], model.tp_plan or {}))
-    plan = {name: style for name, style in plan.items() if style not in _IGNORED and "experts." not in f"{name}."}
+    plan = {
+        name: style
+        for name, style in plan.items()
+        if style not in _IGNORED and "experts." not in f"{name}." and name != "lm_head"  # which the embedding decides
+    }
     if not plan:
         raise ConfigError(
             f"{type(model).__name__} has no plan for tensor parallelism; give policy.dtensor_cfg.custom_parallel_plan "
@@ -105,9 +109,25 @@ def _matched(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[nn.Module, s
                 unused.discard(written)
                 if module is not model.get_output_embeddings() and module is not model.get_input_embeddings():
                     found[name] = (module, plan[written])
+    found |= _norms_of_heads(model, found)
     if not found:
         raise ConfigError(f"the parallel plan names no module of {type(model).__name__}: {sorted(unused)[:3]}")
     return found
+
+
+def _norms_of_heads(
+    model: PreTrainedModel, found: Mapping[str, tuple[nn.Module, str]]
+) -> dict[str, tuple[nn.Module, str]]:
+    """Norms of divided heads that a plan leaves out; each rank has the gradient that its heads give."""
+    divided = {name.rpartition(".")[0] for name, (_, style) in found.items() if style == "colwise"}
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    norms: dict[str, tuple[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        shapes = [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+        if name not in found and name.rpartition(".")[0] in divided and shapes and set(shapes) == {(head_dim,)}:
+            norms[name] = (module, "replicated_with_grad_allreduce")
+    return norms
 
 
 type _Blocks = Mapping[str, tuple[nn.Module, bool]]

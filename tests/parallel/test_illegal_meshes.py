@@ -1,0 +1,74 @@
+"""What a model cannot be divided into is refused with the rule that it breaks, before a step is taken."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from nemo_rl.config.schema.policy import PolicyConfig
+from nemo_rl.distributed.mesh import Mesh, ParallelSizes
+from nemo_rl.errors import ConfigError
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+from ranks import run_ranks
+from tiny_mesh import size_keys
+from tiny_models import embedded_folder, tiny_model
+
+CASES: list[tuple[str, ParallelSizes, dict[str, Any], str]] = [
+    ("llama", ParallelSizes(tensor=4), {}, "tensor_parallel_size 4 does not divide the model's num_key_value_heads 2"),
+    ("llama", ParallelSizes(pipeline=4), {}, "2 layers do not fill 4 pipeline stages"),
+    ("gemma2", ParallelSizes(pipeline=2, shard=2), {}, "the trunk of gemma2 cannot be divided into stages"),
+    (
+        "llama",
+        ParallelSizes(pipeline=2, shard=2),
+        {"pipeline_schedule": "ZBVZeroBubble", "pipeline_stages_per_rank": 2},
+        "2 layers do not fill 4 pipeline stages",
+    ),
+    ("mamba", ParallelSizes(context=4), {}, "are mixed by more than attention, so ranks cannot divide"),
+    ("mamba", ParallelSizes(tensor=2, shard=2), {}, "has no plan for tensor parallelism"),
+    (
+        "llama",
+        ParallelSizes(tensor=2, shard=2),
+        {"custom_parallel_plan": {"model.layers.*.self_attn.q_proj": "diagonal"}},
+        "the style 'diagonal'; known are colwise, rowwise",
+    ),
+    (
+        "llama",
+        ParallelSizes(tensor=2, shard=2),
+        {"custom_parallel_plan": {"nowhere.*": "colwise"}},
+        "the parallel plan names no module of LlamaForCausalLM",
+    ),
+]
+
+
+def refusals(rank: int, folder: Path) -> list[str]:
+    del rank
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    found = []
+    for family, sizes, settings, _ in CASES:
+        config = PolicyConfig.model_validate(
+            {
+                "model_name": family,
+                "train_global_batch_size": 1,
+                "max_total_sequence_length": 64,
+                "precision": "float32",
+                "device": "cpu",
+                "optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}},
+                "generation": {"backend": "hf", "max_new_tokens": 8},
+                "dtensor_cfg": {**size_keys(sizes), **settings},
+            }
+        )
+        try:
+            PyTorchBackend(config, str(folder / family), tokenizer, mesh=Mesh(sizes, torch.device("cpu")))
+            found.append("taken")
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def test_the_broken_rule_is_named(tmp_path: Path) -> None:
+    for family in {case[0] for case in CASES}:
+        tiny_model(family).save_pretrained(tmp_path / family)
+    for found in run_ranks(refusals, 4, tmp_path):
+        for (*_, expected), said in zip(CASES, found, strict=True):
+            assert expected in said, said
