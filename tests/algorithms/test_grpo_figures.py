@@ -111,7 +111,7 @@ def test_no_size_of_micro_batch_changes_a_loss_of_the_family(
     whole, cut = (
         figures(letters, tmp_path / str(size), f"policy.train_mb_tokens={size}", *more) for size in (100_000, 32)
     )
-    assert cut["tokens_computed"] != whole["tokens_computed"]  # they are laid out otherwise
+    assert cut["micro_batches"] > whole["micro_batches"]
     for name in ("loss", "grad_norm", "entropy", "ratio_max", "loss_tokens"):
         assert cut[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
 
