@@ -135,6 +135,13 @@ class TrainedPolicyConfig(ModelConfig):
     scheduler: Annotated[tuple[SchedulerLink, ...], Field(strict=False)] = ()
     """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
 
+    offload_optimizer_for_logprob: bool = False
+    """While there is no training, keep on the CPU what only an optimizer step reads: the optimizer's state and float32
+    master weights. It costs a transfer each way per step of the loop."""
+
+    reference_on_cpu: bool = True
+    """Keep the frozen reference weights on the CPU while they are not in use, so that the GPU never holds two models."""
+
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """How the model is spread over several ranks."""
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.mesh import Mesh
-from nemo_rl.errors import BackendError
+from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
@@ -25,8 +25,10 @@ from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
+from nemo_rl.training.pytorch.host_memory import FrozenWeights, HostRest
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
-from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.parallelize import is_sharded, parallelize
+from nemo_rl.training.pytorch.recompute import recompute_layers
 from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
@@ -67,10 +69,14 @@ def _load(
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
     precision = precision_of(config.precision, device)
+    offload = config.dtensor_cfg.cpu_offload
     if mesh is None:
+        if offload and device.type == "cuda":
+            raise ConfigError("dtensor_cfg.cpu_offload needs ranks that meet, be it one; give the backend a mesh")
         return _load_whole(config, source, head, tokenizer, device, precision.weights), Alone()
-    shards = mesh.sizes.pipeline < mesh.sizes.world_size  # sharded weights are their own masters
-    model = _load_whole(config, source, head, tokenizer, device, torch.float32 if shards else precision.weights)
+    shards = is_sharded(mesh, config.dtensor_cfg)  # sharded weights are their own masters
+    place = torch.device("cpu") if offload else device
+    model = _load_whole(config, source, head, tokenizer, place, torch.float32 if shards else precision.weights)
     return parallelize(model, mesh, config.dtensor_cfg, precision)
 
 
@@ -117,6 +123,7 @@ class PyTorchBackend:
         """
         self._spread: Spread
         self.model, self._spread = _load(config, source, head, tokenizer, mesh)
+        recompute_layers(self.model.trunk, config.dtensor_cfg.activation_checkpointing)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
@@ -124,7 +131,8 @@ class PyTorchBackend:
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
-        self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
+        self._rest = HostRest()
+        self._reference = self._frozen() if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
             self.model,
@@ -141,6 +149,7 @@ class PyTorchBackend:
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step on the whole batch."""
+        self.on_device()
         try:
             return train_step(
                 self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update
@@ -150,6 +159,7 @@ class PyTorchBackend:
 
     def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """The loss of a batch and its metrics; no weight changes."""
+        self.make_room()
         return evaluate_step(self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens)
 
     def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
@@ -171,6 +181,7 @@ class PyTorchBackend:
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
+        self.make_room()
         return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens)
 
     def values(self, batch: TokenBatch) -> Tensor:
@@ -179,7 +190,29 @@ class PyTorchBackend:
         Raises:
             BackendError: the model has no head for it.
         """
+        self.make_room()
         return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens, reads="values")
+
+    def offload(self) -> None:
+        """Move to the CPU what only an optimizer step reads: its state, and masters the model does not compute with."""
+        moments = (value for state in self._optimizer.state.values() for value in state.values())
+        self._rest.put([*self._masters.copies, *(value for value in moments if isinstance(value, Tensor))])
+
+    def on_device(self) -> None:
+        """Bring back what `offload` moved; `train` does so by itself."""
+        self._rest.fetch()
+
+    def make_room(self) -> None:
+        """Before work that is not training: `offload`, where the configuration asks for it."""
+        if self._config.offload_optimizer_for_logprob:
+            self.offload()
+
+    def _frozen(self) -> FrozenWeights:
+        """The current weights, to be kept: sharded ones as they are cast for computing, which takes less memory."""
+        is_spread = self._spread.is_shared
+        dtype = self.precision.weights if is_spread else None
+        weights = list(self.model.module.parameters())
+        return FrozenWeights(weights, dtype, rests=self._config.reference_on_cpu, swaps=not is_spread)
 
     @contextmanager
     def reference(self) -> Generator[None]:
@@ -190,12 +223,8 @@ class PyTorchBackend:
         """
         if self._reference is None:
             raise BackendError("no reference weights were kept; set loss_fn.reference_policy_kl_penalty above 0")
-        parameters = list(self.model.module.parameters())
-        self._spread.exchange(parameters, self._reference)
-        try:
+        with self._reference.in_place():
             yield
-        finally:
-            self._spread.exchange(parameters, self._reference)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks at once."""
@@ -214,6 +243,7 @@ class PyTorchBackend:
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, once, before the first step; the reference weights stay those of the start."""
+        self.on_device()
         load_state(folder, self._state())
         self._masters.publish()
         self._optimizer_steps = self._scheduler.last_epoch
