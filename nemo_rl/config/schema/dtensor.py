@@ -47,7 +47,7 @@ class DTensorConfig(Section):
     the outputs of matrix products and attention, which cost most to compute. Never changes a result."""
 
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer state in CPU memory and bring a layer to the GPU when it is computed with."""
+    """Keep weights, gradients and optimizer state in CPU memory, and bring a layer to the GPU to compute with it."""
 
     custom_parallel_plan: str | dict[str, str] | None = None
     """Which layers tensor parallelism divides and how: names with `*` for numbers, such as
@@ -79,6 +79,8 @@ class DTensorConfig(Section):
 
     @property
     def splits_backward(self) -> bool:
-        """Whether the schedule computes the gradients of activations first and those of weights later (Qi et al. 2023,
-        https://arxiv.org/abs/2401.10241)."""
+        """Whether the gradients of weights are computed apart from those of activations, and later.
+
+        Qi et al. 2023, https://arxiv.org/abs/2401.10241.
+        """
         return self.pipeline_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble")

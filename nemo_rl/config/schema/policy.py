@@ -140,7 +140,7 @@ class TrainedPolicyConfig(ModelConfig):
     master weights. It costs a transfer each way per step of the loop."""
 
     reference_on_cpu: bool = True
-    """Keep the frozen reference weights on the CPU while they are not in use, so that the GPU never holds two models."""
+    """Keep the frozen reference weights on the CPU while they are not in use: the GPU never holds two models."""
 
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """How the model is spread over several ranks."""

@@ -54,7 +54,9 @@ class FrozenWeights:
     """
 
     @torch.no_grad()
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype | None = None, *, rests: bool, swaps: bool) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], dtype: torch.dtype | None = None, *, rests: bool, swaps: bool
+    ) -> None:
         """Keep a copy of what the weights are now.
 
         Args:

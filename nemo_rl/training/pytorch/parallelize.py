@@ -149,9 +149,7 @@ def _check_context(model: StreamModel, mesh: Mesh, config: DTensorConfig) -> Non
         key_head_repeats(heads // mesh.sizes.tensor, key_heads // mesh.sizes.tensor, mesh.sizes.context)
 
 
-def _shard(
-    model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype | None, *, offload: bool
-) -> FSDPModule:
+def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype | None, *, offload: bool) -> FSDPModule:
     """Shard every layer on its own, and the rest of the model together, which stays gathered until the end."""
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
