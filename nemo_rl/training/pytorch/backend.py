@@ -1,34 +1,41 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from nemo_rl.config.schema.moe import MoEConfig
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.mesh import Mesh
 from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
-from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
+from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.compiled import compile_layers
 from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
+from nemo_rl.models.lora import Adapters, add_adapters, whole_weights
+from nemo_rl.models.peft_format import adapter_config, adapter_weights, load_adapter, save_adapter
 from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
+from nemo_rl.training.pytorch.experts import shard_experts
 from nemo_rl.training.pytorch.host_memory import FrozenWeights, HostRest
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
 from nemo_rl.training.pytorch.parallelize import is_sharded, parallelize
 from nemo_rl.training.pytorch.recompute import recompute_layers
+from nemo_rl.training.pytorch.routing import Balance, selection_biases, use_float32_routers
 from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
@@ -65,19 +72,28 @@ type Head = Literal["language", "language_and_value", "scalar"]
 
 def _load(
     config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None
-) -> tuple[CausalLM | ScalarModel, Spread]:
+) -> tuple[CausalLM | ScalarModel, Adapters | None, Spread]:
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
-    precision = precision_of(config.precision, device)
+    precision, lora = precision_of(config.precision, device), config.dtensor_cfg.lora_cfg
     offload = config.dtensor_cfg.cpu_offload
+    if mesh is None and offload and device.type == "cuda":
+        raise ConfigError("dtensor_cfg.cpu_offload needs ranks that meet, be it one; give the backend a mesh")
+    if mesh is not None and lora.quantize != "none":
+        raise ConfigError("compressed weights are not spread: set lora_cfg.quantize to none, or train in one process")
+    # sharded weights that are trained are their own masters
+    is_master = mesh is not None and is_sharded(mesh, config.dtensor_cfg) and not lora.enabled
+    held, place = torch.float32 if is_master else precision.weights, torch.device("cpu") if offload else device
+    model, adapters = _load_whole(config, source, head, tokenizer, place, held)
+    if balance := _balance(config.moe, mesh):
+        balance.check(model.module, model.takes_plans)
+    if config.moe.float32_routers:
+        use_float32_routers(model.module)
     if mesh is None:
-        if offload and device.type == "cuda":
-            raise ConfigError("dtensor_cfg.cpu_offload needs ranks that meet, be it one; give the backend a mesh")
-        return _load_whole(config, source, head, tokenizer, device, precision.weights), Alone()
-    shards = is_sharded(mesh, config.dtensor_cfg)  # sharded weights are their own masters
-    place = torch.device("cpu") if offload else device
-    model = _load_whole(config, source, head, tokenizer, place, torch.float32 if shards else precision.weights)
-    return parallelize(model, mesh, config.dtensor_cfg, precision)
+        shard_experts(model.module)
+        return model, adapters, Alone()
+    model, spread = parallelize(model, mesh, config.dtensor_cfg, precision)
+    return model, adapters, spread
 
 
 def _load_whole(
@@ -87,15 +103,33 @@ def _load_whole(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     dtype: torch.dtype,
-) -> CausalLM | ScalarModel:
+) -> tuple[CausalLM | ScalarModel, Adapters | None]:
+    lora = config.dtensor_cfg.lora_cfg
+    place = device if lora.quantize == "none" else torch.device("cpu")  # until it is small enough
     if head == "scalar":
-        module, _ = load_scalar_model(
-            source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
-        )
-        return ScalarModel.wrap(module.eval())
-    module, _ = load_causal_lm(source, dtype=dtype, device=device)
+        padding = cast("int | None", tokenizer.pad_token_id)
+        module, _ = load_scalar_model(source, dtype=dtype, device=place, pad_token_id=padding)
+    else:
+        module, _ = load_causal_lm(source, dtype=dtype, device=place)
+    adapters = add_adapters(module, lora, device) if lora.enabled else None
+    if adapters and lora.restore_from is not None:
+        load_adapter(module, adapters, Path(lora.restore_from).expanduser())
+    if head == "scalar":
+        return ScalarModel.wrap(module.eval()), adapters
     model = CausalLM.wrap(module.eval())
-    return model.with_value_head() if head == "language_and_value" else model
+    return model.with_value_head() if head == "language_and_value" else model, adapters
+
+
+def _balance(config: MoEConfig, mesh: Mesh | None) -> Balance | None:
+    if not (config.balance_coefficient or config.bias_update_rate):
+        return None
+    if mesh is not None and mesh.sizes.context > 1:
+        raise ConfigError(
+            "experts are balanced over whole sequences; set policy.dtensor_cfg.context_parallel_size to 1, or "
+            "policy.moe.balance_coefficient and policy.moe.bias_update_rate to 0"
+        )
+    group = None if mesh is None else mesh.sequences["data"].get_group()
+    return Balance(config.balance_coefficient, config.bias_update_rate, group)
 
 
 class PyTorchBackend:
@@ -118,26 +152,31 @@ class PyTorchBackend:
             source: model folder or hub name (`nemo_rl.models.load.resolve_model`).
             tokenizer: saved with every checkpoint and export.
             head: what stands on the trunk.
-            with_reference: keep a frozen copy of the starting weights.
+            with_reference: keep a frozen copy of the starting weights, of those that are trained.
             mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
         self._spread: Spread
-        self.model, self._spread = _load(config, source, head, tokenizer, mesh)
+        self.model, self._adapters, self._spread = _load(config, source, head, tokenizer, mesh)
         recompute_layers(self.model.trunk, config.dtensor_cfg.activation_checkpointing)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
+        self._source = source
         self._tokenizer = tokenizer
+        if config.compile:
+            compile_layers(self.model.trunk)
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
+        self._balance = _balance(config.moe, mesh)
+        self._biases = selection_biases(module) if config.moe.bias_update_rate else {}
         self._rest = HostRest()
         self._reference = self._frozen() if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
             self.model,
             temperature=sampling.temperature if sampling else 1.0,
-            chunk_size=config.logprob_chunk_size,
+            chunk_size=config.head_rows(self.model.vocab_size, on_gpu=self.model.device.type == "cuda"),
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,
@@ -150,10 +189,13 @@ class PyTorchBackend:
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step on the whole batch."""
         self.on_device()
+        max_tokens = self._config.train_mb_tokens
+        dropout = self._adapters.dropout(seed=self._optimizer_steps) if self._adapters else nullcontext()
         try:
-            return train_step(
-                self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update
-            )
+            with dropout:
+                return train_step(
+                    self._scorer, batch, objective, max_tokens=max_tokens, update=self._update, balance=self._balance
+                )
         finally:
             self._optimizer.zero_grad()  # also those of a step that failed halfway
 
@@ -208,11 +250,10 @@ class PyTorchBackend:
             self.offload()
 
     def _frozen(self) -> FrozenWeights:
-        """The current weights, to be kept: sharded ones as they are cast for computing, which takes less memory."""
+        """What is trained, as it is now: sharded weights as they are cast for computing, which takes less memory."""
         is_spread = self._spread.is_shared
-        dtype = self.precision.weights if is_spread else None
-        weights = list(self.model.module.parameters())
-        return FrozenWeights(weights, dtype, rests=self._config.reference_on_cpu, swaps=not is_spread)
+        dtype = self.precision.weights if is_spread and not self._adapters else None
+        return FrozenWeights(self._trained(), dtype, rests=self._config.reference_on_cpu, swaps=not is_spread)
 
     @contextmanager
     def reference(self) -> Generator[None]:
@@ -226,19 +267,27 @@ class PyTorchBackend:
         with self._reference.in_place():
             yield
 
+    def _trained(self) -> list[nn.Parameter]:
+        """All weights, or the adapters and new heads alone."""
+        return [parameter for parameter in self.model.module.parameters() if parameter.requires_grad]
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks at once."""
-        named = self.model.module.named_parameters()
-        own = ((name, parameter) for name, parameter in named if not name.startswith(VALUE_HEAD))
-        for name, weight in self._spread.stream(own):
+        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks."""
+        for name, weight in self._spread.stream(whole_weights(self.model.module)):
             yield name, weight.to(self.precision.weights)
 
+    def named_adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the adapters by PEFT's names, on all ranks at once; nothing without adapters."""
+        if self._adapters:
+            yield from self._spread.stream(adapter_weights(self.model.module))
+
     def _state(self) -> TrainingState:
-        identity = model_identity(self.model.module.config)
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._spread.is_shared)
+        identity = {**model_identity(self.model.module.config), **(self._adapters.identity if self._adapters else {})}
+        weights = {**self._masters.named, **self._biases}
+        return TrainingState(weights, self._optimizer, self._scheduler, identity, self._spread.is_shared)
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
+        """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
         save_state(folder, self._state(), self._tokenizer)
 
     def load(self, folder: Path) -> None:
@@ -249,15 +298,24 @@ class PyTorchBackend:
         self._optimizer_steps = self._scheduler.last_epoch
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
+        """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it.
+
+        Adapters are added to the weights, and stand in `adapter/` by themselves in PEFT's format.
+        """
+        module, masters = self.model.module, self._masters.named
         dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
-        export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named, self._spread)
+        weights = ((name, masters.get(name, weight)) for name, weight in whole_weights(module))
+        export_hf(module, self._tokenizer, folder, dtype, weights, self._spread)
+        adapter = dict(self.named_adapter_weights())
+        if self._adapters and (not self._spread.is_shared or dist.get_rank() == 0):
+            save_adapter(folder / "adapter", adapter, adapter_config(module, self._adapters, self._source))
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, device, precision, and how many optimizer steps were begun."""
         return {
             "model": type(self.model.module).__name__,
             "parameters": self.model.num_parameters,
+            "trained_parameters": sum(parameter.numel() for parameter in self._trained()),
             "device": str(self._scorer.device),
             "precision": self.precision.name,
             "optimizer_steps": self._optimizer_steps,
