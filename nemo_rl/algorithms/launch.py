@@ -95,6 +95,7 @@ def launch_sampled(
             stack.callback(_close_all, runner, environments)
             worker = begun.worker(stack, PolicyWorker, model, head=head, with_reference=with_reference)
             policy = Policy(worker)
+            begun.timer.watch(policy.take_peak_memory)
             loop = build(begun, stack, model)
             info = begun.checkpoints.resume(policy, problems.loader)
             policy.publish(info.step)

@@ -131,6 +131,7 @@ def _launch[Item, Ready](
                 lengths=begun.lengths,
             )
             policy = Policy(begun.worker(stack, TrainWorker, model, head=head, with_reference=with_reference))
+            begun.timer.watch(policy.take_peak_memory)
             info = begun.checkpoints.resume(policy, data.loader)
         with begun.run(info) as run:
             train(run, policy, data)

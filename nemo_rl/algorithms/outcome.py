@@ -11,7 +11,7 @@ from nemo_rl.atomic import atomic_folder
 from nemo_rl.config.schema.run import RunConfig
 from nemo_rl.distributed.memory import peak_memory_bytes
 from nemo_rl.observe.sinks import log_folder
-from nemo_rl.observe.summary import PhaseTimer, Summary, phase_line, write_summary
+from nemo_rl.observe.summary import PhaseTimer, Summary, memory_line, phase_line, write_summary
 from nemo_rl.workers.handles import Policy
 
 _SUMMARY = "summary.json"
@@ -95,7 +95,6 @@ def finish(
     scores = {f"{name}_before": before.get(f"test/{name}") for name in ("accuracy", "reward")}
     scores |= {f"{name}_after": after.get(name) for name in ("accuracy", "reward")}
     validations = dict(zip(_VALIDATIONS, map(_validation, (before, run.info.metrics)), strict=True))
-    loop_seconds = sum(timer.seconds.get(name, 0.0) for name in ("generate", "logprobs", "train"))
     summary = Summary(
         **scores,
         **validations,
@@ -105,8 +104,9 @@ def finish(
         steps=run.step,
         seconds_total=timer.total,
         seconds_by_phase=timer.seconds,
-        tokens_per_second=run.num_tokens / loop_seconds if loop_seconds else 0.0,
+        tokens_per_second=_tokens_per_second(run, timer),
         peak_memory_bytes=max(peak_memory_bytes(), policy.peak_memory_bytes()),
+        peak_memory_bytes_by_phase=timer.peak_memory_bytes,
         seed=config.loop.seed,
         extra={"first_step": first_step, "model": config.policy.model_name, "finished": finished, "ended": ended},
     )
@@ -132,6 +132,8 @@ def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, co
         "time": phase_line(summary.seconds_by_phase, summary.seconds_total),
         "metrics": f"{_from_here(logs / 'metrics.jsonl')}{curves}",
     }
+    if summary.peak_memory_bytes_by_phase:
+        rows["peak memory"] = memory_line(summary.peak_memory_bytes_by_phase)
     if (folder / "rollouts").exists():
         rows["rollouts"] = _from_here(folder / "rollouts")
     if config.checkpointing.enabled and run.saved_step:
@@ -142,6 +144,12 @@ def _rows(config: RunConfig, run: Run, summary: Summary, export: Path | None, co
         given = command or ("nemo-rl", config.algorithm, "--config", _from_here(folder / "config.yaml"))
         rows["to continue"] = _continuation(given, {} if export is None else _next_limits(config, run))
     return rows
+
+
+def _tokens_per_second(run: Run, timer: PhaseTimer) -> float:
+    """Tokens of the loop over the seconds of its phases."""
+    seconds = sum(timer.seconds.get(name, 0.0) for name in ("generate", "logprobs", "train"))
+    return run.num_tokens / seconds if seconds else 0.0
 
 
 def _validation(figures: Mapping[str, float]) -> dict[str, float]:

@@ -137,13 +137,16 @@ def start_worker(
 ) -> WorkerHandle:
     """Start a worker of a model; the models of a run take turns, so they share its cores and its GPUs.
 
-    One that is trained is spread over the ranks of the cluster, any other has one process.
+    One that is trained is spread over the ranks of the cluster, any other has one process. Weights that are kept on the
+    CPU while others are computed with are shards, be it of one rank.
     """
     cluster, share, policy = config.cluster, 1 / config.num_models, model.policy
     executor = stack.enter_context(
         make_executor(cluster.executor, startup_timeout_seconds=cluster.startup_timeout_seconds)
     )
-    spread = policy if isinstance(policy, TrainedPolicyConfig) and cluster.num_ranks > 1 else None
+    spread = policy if isinstance(policy, TrainedPolicyConfig) else None
+    if spread is not None and cluster.num_ranks == 1 and not spread.dtensor_cfg.cpu_offload:
+        spread = None
     if spread is not None:
         num_threads = max(1, (policy.num_threads or 1) // cluster.ranks_on_a_node)
         policy = spread = spread.model_copy(update={"num_threads": num_threads})

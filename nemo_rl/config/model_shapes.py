@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,24 @@ class ModelShape:
         """Numbers that one token leaves in the KV cache."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
-    @property
-    def activation_elements_per_token(self) -> int:
-        """Numbers kept for the backward pass, roughly: inputs of all matrix products, norms and the gate."""
+    def activation_elements_per_token(self, recompute: bool | Literal["selective"] = False) -> int:
+        """Numbers kept for the backward pass, roughly: inputs of all matrix products, norms and the gate.
+
+        Where layers compute theirs again, it is their inputs, selectively also what products and attention give, and
+        all of the one layer at work.
+        """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return self.layers * (6 * self.hidden + 3 * (q + kv) + 4 * self.intermediate)
+        layer = 6 * self.hidden + 3 * (q + kv) + 4 * self.intermediate
+        if not recompute:
+            return self.layers * layer
+        products = 2 * (self.hidden + q + kv + self.intermediate) if recompute == "selective" else 0
+        return self.layers * (self.hidden + products) + layer
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        outside = (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+        return (self.parameters - outside) // self.layers
 
 
 _SMOLLM2_135M = ModelShape(576, 30, 1536, 9, 3, 64, 49152)

@@ -134,7 +134,7 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
     policy = config.policy
     if shape is None:
         return [("model", f"{policy.model_name}: size unknown, its config.json is not on this machine")]
-    parts = memory_bytes(config, shape)
+    parts, resting = memory_bytes(config, shape), host_bytes(config, shape)
     unknown: Rows = []
     for label, section in _other_models(config).items():
         other = model_shape(section.model_name)
@@ -145,7 +145,8 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
             parts |= {f"{label}'s {name}": count for name, count in held.items() if count}
     rows = [("model", f"{policy.model_name}: {shape.parameters:,} parameters, {policy.precision}")]
     rows += [(name, size(count)) for name, count in parts.items()]
-    rows += [*unknown, ("sum", size(sum(parts.values())))]
+    rows += [*unknown, ("sum", size(sum(parts.values()) - _taking_turns(config, parts)))]
+    rows += [("on the CPU", f"{size(resting)} of them and others")] if resting else []
     if isinstance(config, SampledRunConfig) and not isinstance(config.policy.generation, HFGenerationConfig):
         engine = config.policy.generation.vllm_cfg
         length = engine.max_model_len or policy.max_total_sequence_length
@@ -162,14 +163,13 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     policy, spread = config.policy, config.policy.dtensor_cfg
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
     stored, computed = _number_sizes(policy, config)
-    reference = _FLOAT32 * _adapter_parameters(policy, shape) or stored * shape.parameters
     rows = min(largest, policy.head_rows(shape.vocab, on_gpu=bool(config.cluster.gpus_per_node)))
     parts = {
         **_weight_bytes(policy, shape, config),
-        "reference weights": reference // _weight_parts(policy, config) if _has_reference(config) else 0,
+        "reference weights": 0 if _rests(config, policy.reference_on_cpu) else _reference_bytes(config, shape),
         "activations": computed
         * largest
-        * shape.activation_elements_per_token
+        * shape.activation_elements_per_token(spread.activation_checkpointing)
         // (spread.context_parallel_size * spread.pipeline_parallel_size),
         "logits of one chunk": (computed + 2 * _FLOAT32) * rows * shape.vocab,
     }
@@ -182,6 +182,42 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     return {name: count for name, count in parts.items() if count}
 
 
+def host_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Bytes that a rank with a GPU keeps in CPU memory, at some time or always."""
+    policy = config.policy
+    held = _held_bytes(policy, shape, config)
+    offloaded = _rests(config, policy.dtensor_cfg.cpu_offload)
+    resting = sum(held.values()) if offloaded else 0
+    if not offloaded and _rests(config, policy.offload_optimizer_for_logprob):
+        resting = sum(held[name] for name in _optimizer_parts(config))
+    return resting + (_reference_bytes(config, shape) if _rests(config, policy.reference_on_cpu) else 0)
+
+
+def _rests(config: RunConfig, wanted: bool) -> bool:
+    """Whether something is kept on the CPU, apart from the device."""
+    return wanted and config.cluster.gpus_per_node > 0
+
+
+def _reference_bytes(config: RunConfig, shape: ModelShape) -> int:
+    if not _has_reference(config):
+        return 0
+    stored = _number_sizes(config.policy, config)[0]
+    whole = _FLOAT32 * _adapter_parameters(config.policy, shape) or stored * shape.parameters
+    return whole // _weight_parts(config.policy, config)
+
+
+def _optimizer_parts(config: RunConfig) -> tuple[str, ...]:
+    """What only an optimizer step reads; the masters of a sharded model are its weights."""
+    return ("optimizer moments",) if config.cluster.num_ranks > 1 else ("optimizer moments", "master weights")
+
+
+def _taking_turns(config: RunConfig, parts: dict[str, int]) -> int:
+    """Bytes of the cache of samples for which the optimizer makes room."""
+    if not _rests(config, config.policy.offload_optimizer_for_logprob):
+        return 0
+    return min(parts.get("KV cache", 0), sum(parts.get(name, 0) for name in _optimizer_parts(config)))
+
+
 def _number_sizes(model: ModelConfig, config: RunConfig) -> tuple[int, int]:
     """Bytes of a weight, and of a number that is computed with."""
     precision = model.precision
@@ -191,6 +227,15 @@ def _number_sizes(model: ModelConfig, config: RunConfig) -> tuple[int, int]:
 
 
 def _weight_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> dict[str, int]:
+    """Bytes of what a rank holds of a model on its device: all of it, or the layers it is computing with."""
+    if isinstance(model, TrainedPolicyConfig) and _rests(config, model.dtensor_cfg.cpu_offload):
+        outside = shape.parameters - shape.layers * shape.layer_parameters
+        at_work = (2 * shape.layer_parameters + outside) // model.dtensor_cfg.tensor_parallel_size
+        return {"weights at work": _number_sizes(model, config)[0] * at_work}
+    return _held_bytes(model, shape, config)
+
+
+def _held_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> dict[str, int]:
     """Bytes of the weights that a rank holds of a model, and of what training keeps beside them."""
     stored = _number_sizes(model, config)[0]
     if not isinstance(model, TrainedPolicyConfig):

@@ -24,12 +24,15 @@ class Runner(Protocol):
     Attributes:
         parts: ranks among which the tokens of a stream are divided between the layers; their number is a multiple.
         copies: ranks that compute the same loss, each of which calls backward on its share of it.
+        device: where it is computed; None is where the weights are.
     """
 
     @property
     def parts(self) -> int: ...
     @property
     def copies(self) -> int: ...
+    @property
+    def device(self) -> torch.device | None: ...
     def run[T](self, function: Callable[[], T]) -> T:
         """Call a function within which the weights can be read, and from whose result gradients flow to them."""
         ...
@@ -45,6 +48,7 @@ class InProcess:
 
     parts: int = 1
     copies: int = 1
+    device: torch.device | None = None
 
     def run[T](self, function: Callable[[], T]) -> T:
         """Call it."""
@@ -73,7 +77,7 @@ class StreamModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.trunk.parameters()).device
+        return self.runner.device or next(self.trunk.parameters()).device
 
     @property
     def num_parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""What a run cost and what it reached: seconds by phase, `summary.json`."""
+"""What a run cost and what it reached: seconds and memory by phase, `summary.json`."""
 
 import json
 import time
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemo_rl.atomic import write_text_atomically
+from nemo_rl.config.plan import size
 
 
 class PhaseTimer:
@@ -30,15 +31,28 @@ class PhaseTimer:
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = self._begun
+        self._memory: Callable[[], int] | None = None
+        self._peaks: dict[str, int] = {}
+
+    def watch(self, memory: Callable[[], int]) -> None:
+        """Note the peak memory of phases from now on.
+
+        Args:
+            memory: the most bytes held since it was last asked; asked at both ends of every phase, until one fails.
+        """
+        self._memory = memory
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
-        """Count the time of the block for `name`."""
+        """Count the time of the block for `name`, and its peak memory."""
         self._switch()
         self._open.append(name)
         self._seconds.setdefault(name, 0.0)
         try:
             yield
+        except BaseException:
+            self._memory = None  # whoever holds it may be gone
+            raise
         finally:
             self._switch()
             self._open.pop()
@@ -48,11 +62,20 @@ class PhaseTimer:
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
         self._since = now
+        if self._memory is not None:
+            peak = self._memory()  # outside of phases too, so that it counts for none
+            if self._open:
+                self._peaks[self._open[-1]] = max(peak, self._peaks.get(self._open[-1], 0))
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds by phase, of blocks already left, in order of first use."""
         return dict(self._seconds)
+
+    @property
+    def peak_memory_bytes(self) -> dict[str, int]:
+        """The most memory by phase, of those that were watched."""
+        return dict(self._peaks)
 
     @property
     def total(self) -> float:
@@ -79,6 +102,16 @@ def phase_line(seconds_by_phase: Mapping[str, float], seconds_total: float) -> s
     """
     shares = ", ".join(f"{name} {share:.0%}" for name, _, share in phase_table(seconds_by_phase, seconds_total))
     return f"{duration(seconds_total)} ({shares})"
+
+
+def memory_line(bytes_by_phase: Mapping[str, int]) -> str:
+    """Peaks of memory on one line, the largest first.
+
+    >>> memory_line({"generate": 800_000_000, "train": 1_200_000_000})
+    '1.2 GB (train 1.2 GB, generate 800 MB)'
+    """
+    rows = sorted(bytes_by_phase.items(), key=lambda row: -row[1])
+    return f"{size(rows[0][1])} ({', '.join(f'{name} {size(count)}' for name, count in rows)})"
 
 
 def duration(seconds: float) -> str:
@@ -110,6 +143,8 @@ class Summary:
         seconds_by_phase: wall seconds per phase; phases do not overlap.
         tokens_per_second: sampled tokens per wall second of the training loop.
         peak_memory_bytes: the most that one process of the run has held, the policy's or the driver's.
+        peak_memory_bytes_by_phase: the most that the policy's process has held in each phase, of its ranks the one that
+            held most: on its GPU, or in resident memory where it has none.
         seed: the run's seed.
         extra: further figures, written beside the others.
     """
@@ -125,6 +160,7 @@ class Summary:
     tokens_per_second: float
     peak_memory_bytes: int
     seed: int
+    peak_memory_bytes_by_phase: Mapping[str, int] = field(default_factory=dict)
     validation_before: Mapping[str, float] = field(default_factory=dict)
     validation_after: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, float | str] = field(default_factory=dict)

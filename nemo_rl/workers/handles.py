@@ -48,6 +48,10 @@ class Learner:
         """The most memory that the worker's process has held."""
         return self._worker.call("peak_memory_bytes").result()
 
+    def take_peak_memory(self) -> int:
+        """The most memory that the worker's process has held since this was last asked."""
+        return self._worker.call("take_peak_memory").result()
+
     def describe(self) -> Mapping[str, Any]:
         """What the worker holds."""
         return self._worker.call("describe").result()

@@ -58,6 +58,7 @@ class PolicyWorker(TrainWorker):
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Sample one completion for every request."""
+        self._backend.make_room()
         return self._generator.generate_now(requests)
 
     def publish(self, version: int) -> None:

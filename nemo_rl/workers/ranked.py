@@ -1,7 +1,7 @@
 """`RankedWorker`: the ranks of one model, which a loop calls like one worker."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count, pairwise
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class RankedWorker:
                 shares = [(share,) for share in _shares(requests, len(self._ranks))]
                 return self._ask(method, shares, kwargs, lambda all: [answer for part in all for answer in part])
             case _:
-                combine = {"generation_metrics": merge, "peak_memory_bytes": max}.get(method, _first)
+                combine = _COMBINED.get(method, _first)
                 return self._ask(method, [args] * len(self._ranks), kwargs, combine)
 
     def stop(self) -> None:
@@ -115,6 +115,14 @@ class RankedWorker:
                 f"a rank of {self._name} has failed, and {self._patience:g} s later others still waited for it; they "
                 "were stopped"
             )
+
+
+_COMBINED: Mapping[str, Callable[[list[Any]], Any]] = {
+    "generation_metrics": merge,
+    "peak_memory_bytes": max,
+    "take_peak_memory": max,
+}
+"""How answers of all ranks become one, where the first rank does not answer for all."""
 
 
 def _when_all_done(futures: Sequence[Future], callback: Callable[[], object]) -> None:

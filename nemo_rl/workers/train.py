@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_rl.config.schema.policy import TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
-from nemo_rl.distributed.memory import peak_memory_bytes
+from nemo_rl.distributed.memory import PeakMemory
 from nemo_rl.distributed.mesh import RankPlace
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics
@@ -35,6 +35,7 @@ class TrainWorker:
         With a `place` this is one rank of the model, and the others meet it there meanwhile.
         """
         quiet_libraries()
+        self._memory = PeakMemory()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._tokenizer = load_tokenizer(config.tokenizer.name or source, config.tokenizer.chat_template)
@@ -83,7 +84,11 @@ class TrainWorker:
 
     def peak_memory_bytes(self) -> int:
         """The most memory that this process has held."""
-        return peak_memory_bytes()
+        return self._memory.highest
+
+    def take_peak_memory(self) -> int:
+        """The most since this was last called, on the GPU if there is one."""
+        return self._memory.take()
 
     def describe(self) -> Mapping[str, Any]:
         """What is held here."""

@@ -42,7 +42,7 @@ train_tokens_per_second
 """
 SUMMARY = """
 accuracy_before accuracy_after accuracy_base_best_prompt steps seconds_total seconds_by_phase tokens_per_second
-peak_memory_bytes seed reward_before reward_after
+peak_memory_bytes peak_memory_bytes_by_phase seed reward_before reward_after
 """
 NEEDS_A_JUDGE_OF_RIGHT_AND_WRONG = ["accuracy_before", "accuracy_after", "accuracy_base_best_prompt"]
 # Vowels where the sum is odd, else 1 for every answer: some groups are uniform, some are not.

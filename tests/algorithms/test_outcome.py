@@ -53,6 +53,14 @@ def test_peak_memory_is_that_of_the_process_with_the_model(finished: Path) -> No
     assert 0.5 * resident < summary_of(finished)["peak_memory_bytes"] < 4 * resident
 
 
+def test_each_phase_says_what_memory_it_took(finished: Path) -> None:
+    summary = summary_of(finished)
+    assert summary["peak_memory_bytes_by_phase"].keys() == summary["seconds_by_phase"].keys() >= {"generate", "train"}
+    resident = psutil.Process().memory_info().rss
+    for peak in summary["peak_memory_bytes_by_phase"].values():
+        assert 0.5 * resident < peak <= summary["peak_memory_bytes"]
+
+
 def test_peak_memory_is_that_of_the_worker_where_it_holds_more(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,3 +86,18 @@ def test_sequence_parallelism_needs_tensor_parallel_ranks() -> None:
     with pytest.raises(ConfigError, match="sequence_parallel divides tokens among tensor-parallel ranks"):
         load("policy.dtensor_cfg.sequence_parallel=true")
     load("policy.dtensor_cfg={tensor_parallel_size: 2, sequence_parallel: true}")
+
+
+@pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_activations_are_not_computed_a_third_time(schedule: str) -> None:
+    stages = f"pipeline_parallel_size: 2, pipeline_stages_per_rank: 2, pipeline_schedule: {schedule}"
+    with pytest.raises(ConfigError, match="activations would be computed a third time"):
+        load(f"policy.dtensor_cfg={{{stages}, activation_checkpointing: selective}}")
+    load(f"policy.dtensor_cfg={{{stages}}}")
+
+
+def test_a_balance_loss_is_not_lost_where_layers_are_computed_again() -> None:
+    balance, again = "policy.moe.balance_coefficient=0.01", "policy.dtensor_cfg.activation_checkpointing=true"
+    with pytest.raises(ConfigError, match="which computing them again would miss"):
+        load(balance, again)
+    load(again, "policy.moe.bias_update_rate=0.01")

@@ -86,7 +86,6 @@ def test_the_form_by_split_means_the_same_here() -> None:
     assert [note.split(" ")[0] for note in loaded.notes] == [
         "grpo.normalize_rewards",
         "grpo.val_batch_size",
-        "policy.dtensor_cfg.activation_checkpointing",
         "policy.sequence_packing.sequence_length_round",
         "policy.generation.vllm_cfg.enable_vllm_metrics_logger",
         "logger.monitor_gpus",

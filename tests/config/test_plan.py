@@ -1,6 +1,7 @@
 """The plan of a dry run: its token counts by hand, its parameter counts against Transformers'."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_rl.config.load import load_config
 from nemo_rl.config.model_shapes import ModelShape, model_shape
-from nemo_rl.config.plan import batch_plan, batch_rows, memory_bytes, memory_rows, render_plan
+from nemo_rl.config.plan import batch_plan, batch_rows, host_bytes, memory_bytes, memory_rows, render_plan
 from nemo_rl.config.schema.algorithms import GRPOConfig
 from nemo_rl.config.schema.policy import PackingAlgorithm
 from nemo_rl.data.batch import TokenBatch
@@ -133,6 +134,7 @@ def test_memory_is_that_of_one_rank_and_the_placement_names_them() -> None:
     shape = ModelShape(8, 1, 8, 2, 1, 4, 10)
     sizes = ("tensor_parallel_size: 2", "context_parallel_size: 2", "data_parallel_replicate_size: 2")
     settings = ("policy.precision=bfloat16", "loss_fn.reference_policy_kl_penalty=0.1", "cluster.gpus_per_node=16")
+    settings += ("policy.reference_on_cpu=false",)
     spread = load(*settings, f"policy.dtensor_cfg={{{', '.join(sizes)}}}")
     assert dict(batch_rows(spread))["placement"] == (
         "local executor, 1 x 16 GPU(s), 16 ranks (replicate 2 x context 2 x tensor 2 x shard 2), generation shares them"
@@ -143,6 +145,42 @@ def test_memory_is_that_of_one_rank_and_the_placement_names_them() -> None:
     assert part["activations"] == one["activations"] // 2
     assert part["weights of the sampler"] == one["weights"]
     assert part["KV cache"] < one["KV cache"]
+
+
+def test_what_saves_memory_counts() -> None:
+    shape = ModelShape(8, 4, 8, 2, 1, 4, 10)
+    count = shape.parameters
+    gpu = ("policy.precision=bfloat16", "cluster.gpus_per_node=1", "loss_fn.reference_policy_kl_penalty=0.1")
+    plain = memory_bytes(load(*gpu), shape)
+    kinds = ("selective", "true")
+    recomputed = [
+        memory_bytes(load(*gpu, f"policy.dtensor_cfg.activation_checkpointing={kind}"), shape) for kind in kinds
+    ]
+    for less, more in pairwise([*reversed(recomputed), plain]):
+        assert less["activations"] < more["activations"]
+        assert {**less, "activations": 0} == {**more, "activations": 0}
+    assert "reference weights" not in plain and host_bytes(load(*gpu), shape) == 2 * count
+    on_device = load(*gpu, "policy.reference_on_cpu=false")
+    assert memory_bytes(on_device, shape)["reference weights"] == 2 * count and not host_bytes(on_device, shape)
+
+    offloaded = load(*gpu, "policy.dtensor_cfg.cpu_offload=true")
+    parts = memory_bytes(offloaded, shape)
+    assert parts["weights at work"] == 2 * (count - 2 * shape.layer_parameters)  # two layers of four, and the rest
+    assert not parts.keys() & {"weights", "master weights", "gradients", "optimizer moments"}
+    assert host_bytes(offloaded, shape) == (2 + 4 + 4 + 8 + 2) * count
+    assert memory_bytes(load("policy.dtensor_cfg.cpu_offload=true"), shape) == memory_bytes(load(), shape)
+
+    resting = load(*gpu, "policy.offload_optimizer_for_logprob=true")
+    assert memory_bytes(resting, shape) == plain
+    assert host_bytes(resting, shape) == (4 + 8 + 2) * count
+    rows, before = dict(memory_rows(resting, shape)), dict(memory_rows(load(*gpu), shape))
+    assert float(rows["sum"].split()[0].replace(",", "")) <= float(before["sum"].split()[0].replace(",", ""))
+
+
+def test_a_layer_is_what_one_more_of_them_adds() -> None:
+    sizes = (896, 24, 4864, 14, 2, 64, 151936)
+    one, two = ModelShape(*sizes, tied=False, qkv_bias=True), ModelShape(896, 25, *sizes[2:], tied=False, qkv_bias=True)
+    assert one.layer_parameters == two.parameters - one.parameters
 
 
 def test_adapters_alone_are_trained_in_memory() -> None:

@@ -1,5 +1,6 @@
 """A run whose policy is spread over two processes is the run of one process, which goes on where the two stopped."""
 
+import json
 from pathlib import Path
 
 import psutil
@@ -84,3 +85,19 @@ def test_ranks_under_ray_do_what_one_process_does(
     launch(overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *SHORT, *ray))
     (found,) = records(tmp_path / "run")
     assert [found[name] for name in SAME] == pytest.approx([alone[0][name] for name in SAME], rel=1e-4, abs=1e-7)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    peaks = summary["peak_memory_bytes_by_phase"]
+    assert peaks.keys() == summary["seconds_by_phase"].keys() >= {"load", "generate", "logprobs", "train"}
+    assert all(64 << 20 < peak <= summary["peak_memory_bytes"] for peak in peaks.values())
+
+
+def test_one_rank_may_keep_its_weights_on_the_cpu(tiny_llama: Path, tmp_path: Path) -> None:
+    reward, one, offloaded = reward_file(tmp_path), tmp_path / "one", tmp_path / "offloaded"
+    saving = ("policy.dtensor_cfg={cpu_offload: true, activation_checkpointing: selective}",)
+    saving += ("policy.offload_optimizer_for_logprob=true",)
+    launch(overrides(tiny_llama, reward, one, *SETTINGS))
+    launch(overrides(tiny_llama, reward, offloaded, *SETTINGS, *saving, "grpo.max_num_steps=2"))
+    launch(overrides(tiny_llama, reward, offloaded, *SETTINGS, *saving))
+    for left, right in zip(records(one), records(offloaded), strict=True):
+        assert [right[name] for name in SAME] == pytest.approx([left[name] for name in SAME], rel=1e-4, abs=1e-7)
+    assert_close(saved_tensors(one, 3), saved_tensors(offloaded, 3))

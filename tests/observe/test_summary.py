@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl.observe.summary import PhaseTimer, Summary, write_summary
+from nemo_rl.observe.summary import PhaseTimer, Summary, memory_line, write_summary
 
 
 def test_phases_never_count_a_second_twice() -> None:
@@ -31,6 +31,52 @@ def test_phases_never_count_a_second_twice() -> None:
 
     assert timer.seconds == {"generate": 15.0, "train": 21.0, "save": 5.0}
     assert timer.total == 42.0
+
+
+def test_each_phase_has_the_most_memory_of_its_own_time() -> None:
+    held = [0]
+
+    def take() -> int:
+        most, held[0] = held[0], 0
+        return most
+
+    def work(count: int) -> None:
+        held[0] = max(held[0], count)
+
+    timer = PhaseTimer()
+    with timer.phase("load"):
+        work(7)
+        timer.watch(take)
+    work(100)  # between phases
+    for count in (3, 5, 4):
+        with timer.phase("train"):
+            work(count)
+            with timer.phase("save"):
+                work(10 * count)
+    assert timer.peak_memory_bytes == {"load": 7, "train": 5, "save": 50}
+    assert memory_line(timer.peak_memory_bytes) == "0 MB (save 0 MB, load 0 MB, train 0 MB)"
+    with pytest.raises(ZeroDivisionError), timer.phase("train"):
+        raise ZeroDivisionError
+    with timer.phase("train"):
+        work(1000)  # after a failure nobody is asked
+    assert timer.peak_memory_bytes["train"] == 5
+
+
+def test_peak_memory_is_told_phase_by_phase() -> None:
+    program = """
+from nemo_rl.distributed.memory import PeakMemory
+memory = PeakMemory()
+before = memory.take()
+block = b"x" * (64 << 20)
+del block
+print(before, memory.take(), memory.take(), memory.highest)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, large, small, highest = map(int, ran.stdout.split())
+    assert large - before > 60 << 20
+    assert highest == large
+    if Path("/proc/self/clear_refs").exists():
+        assert small < large - (60 << 20)
 
 
 def test_peak_memory_is_in_bytes_and_outlives_what_it_measured() -> None:
@@ -63,6 +109,7 @@ def test_summary_has_the_promised_keys_and_replaces_the_old_one_whole(tmp_path: 
             seconds_by_phase={"generate": 130.0, "train": 120.0},
             tokens_per_second=312.0,
             peak_memory_bytes=3 << 30,
+            peak_memory_bytes_by_phase={"train": 2 << 30},
             seed=42,
             extra={"model": "SmolLM2-135M-Instruct"},
         )
@@ -81,6 +128,7 @@ def test_summary_has_the_promised_keys_and_replaces_the_old_one_whole(tmp_path: 
         "seconds_by_phase": {"generate": 130.0, "train": 120.0},
         "tokens_per_second": 312.0,
         "peak_memory_bytes": 3 << 30,
+        "peak_memory_bytes_by_phase": {"train": 2 << 30},
         "seed": 42,
         "model": "SmolLM2-135M-Instruct",
     }

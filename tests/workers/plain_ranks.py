@@ -58,6 +58,9 @@ class PlainRank:
     def peak_memory_bytes(self) -> int:
         return 100 * (self._mesh.rank + 1)
 
+    def take_peak_memory(self) -> int:
+        return 10 * (self._mesh.rank + 1)
+
     def describe(self) -> Mapping[str, Any]:
         return {"rank": self._mesh.rank, "most": self._mesh.most(self._mesh.rank)}
 

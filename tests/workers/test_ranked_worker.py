@@ -99,6 +99,7 @@ def test_requests_are_dealt_to_all_ranks_and_answered_in_order(shards: RankedWor
 def test_all_ranks_do_what_is_not_dealt(shards: RankedWorker, tmp_path: Path) -> None:
     policy = Policy(shards)
     assert policy.peak_memory_bytes() == 200
+    assert policy.take_peak_memory() == 20
     assert policy.describe() == {"rank": 0, "most": 1}  # which all of them had to be asked
     policy.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

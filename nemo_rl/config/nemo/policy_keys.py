@@ -19,9 +19,8 @@ from nemo_rl.config.nemo.actions import (
 )
 
 _ONE_PROCESS = "this model is not trained, and one process computes with it"
+_NOT_TRAINED = "this model is not trained, and the memory of its weights is all that it takes"
 _ONE_ENGINE = "this version splits the engine by tensor_parallel_size alone: set it to 1"
-_ON_DEVICE = "parameters stay on the device: lower train_mb_tokens if memory is short"
-_KEPT = "activations are kept: lower train_mb_tokens if memory is short"
 _HEAD_IS_KEPT = "every linear layer gets an adapter but the head, which keeps its weights here"
 _JAGGED = "no sequence is padded here, so there is no length to round"
 _PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -39,10 +38,7 @@ def policy_keys(root: str) -> Table:
         "logprob_chunk_size": Only((None,), Keep()),
         "scheduler": Only((None,), Keep()),
         "make_sequence_length_divisible_by": Only((1,), Ignore(_JAGGED)),
-        "offload_optimizer_for_logprob": Only((False,), Ignore("the optimizer stays on its device here")),
         "refit_buffer_size_gb": Ignore("weights reach the sampler without a buffer of a set size"),
-        "fsdp_offload_enabled": Only((False,), Ignore(_ON_DEVICE)),
-        "activation_checkpointing_enabled": Only((False,), Ignore(_KEPT)),
         "reward_model_cfg.enabled": NOTHING,
         "reward_model_cfg.reward_model_type": Only(("bradley_terry",), Refuse("only bradley_terry is known")),
         "megatron_cfg": Off(
@@ -52,7 +48,7 @@ def policy_keys(root: str) -> Table:
     keys |= _tokenizer_keys(f"{root}.tokenizer", "tokenizer")
     all_linear = f"{root}.dtensor_cfg.lora_cfg.match_all_linear"
     keys["dtensor_cfg.lora_cfg.match_all_linear"] = Only((False,), Set({all_linear: True}, note=_HEAD_IS_KEPT))
-    keys |= _spread(root) | _dynamic_batching(root) | _sequence_packing(root)
+    keys |= _spread(root) | _memory(root) | _dynamic_batching(root) | _sequence_packing(root)
     own = {f"{root}.{name}": action for name, action in keys.items()}
     return {**own, **generation_keys(f"{root}.generation", root)}
 
@@ -79,8 +75,6 @@ _DTENSOR: dict[str, Action] = {
     for name, action in {
         "enabled": NOTHING,
         "_v2": NOTHING,
-        "cpu_offload": Only((False,), Ignore(_ON_DEVICE)),
-        "activation_checkpointing": Only((False,), Ignore(_KEPT)),
         "defer_fsdp_grad_sync": Ignore("gradients are summed over the ranks as they come"),
         "moe_parallelizer": Only((None, {}), Ignore("experts are spread by expert_parallel_size alone")),
         "clear_cache_every_n_steps": Only((None,), Ignore("the allocator's cache is left alone")),
@@ -90,6 +84,7 @@ _DTENSOR: dict[str, Action] = {
         "lora_cfg.use_triton": Only((False,), Ignore("adapters are plain matrix products, which changes no result")),
     }.items()
 }
+_MEMORY = ("cpu_offload", "activation_checkpointing")
 _SIZES = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 _TENSOR_PARALLEL = ("sequence_parallel", "custom_parallel_plan")
 
@@ -99,8 +94,10 @@ def _spread(root: str) -> dict[str, Action]:
     if root != "policy":  # not trained
         alone: dict[str, Action] = {name: Only((1,), Ignore(_ONE_PROCESS)) for name in _SIZES}
         alone |= {name: Only((False, None), Ignore(_ONE_PROCESS)) for name in _TENSOR_PARALLEL}
+        alone |= {name: Only((False,), Ignore(_NOT_TRAINED)) for name in _MEMORY}
         return _DTENSOR | {f"dtensor_cfg.{name}": action for name, action in alone.items()}
     kept: dict[str, Action] = {name: Only((1,), Keep()) for name in _SIZES}
+    kept |= {name: Only((False,), Keep()) for name in _MEMORY}
     kept |= {name: Convert(partial(_with_tensor_parallelism, root)) for name in _TENSOR_PARALLEL}
     return _DTENSOR | {f"dtensor_cfg.{name}": action for name, action in kept.items()}
 
@@ -110,6 +107,14 @@ def _with_tensor_parallelism(root: str, value: Any, config: Config) -> Action | 
     if config.get(f"{root}.dtensor_cfg.tensor_parallel_size", 1) != 1:
         return Keep()
     return Ignore("it has a meaning with tensor parallelism alone") if value else NOTHING
+
+
+def _memory(root: str) -> dict[str, Action]:
+    """The keys outside of `dtensor_cfg` that save memory; two of them now stand in it."""
+    moved = {"fsdp_offload_enabled": "cpu_offload", "activation_checkpointing_enabled": "activation_checkpointing"}
+    own: dict[str, Action] = {name: Only((False,), Rename(f"{root}.dtensor_cfg.{new}")) for name, new in moved.items()}
+    own["offload_optimizer_for_logprob"] = Only((False,), Keep())
+    return own if root == "policy" else {name: Only((False,), Ignore(_NOT_TRAINED)) for name in own}
 
 
 def dtensor_keys(root: str) -> Table:

@@ -43,6 +43,13 @@ class DTensorConfig(Section):
     data_parallel_replicate_size: PositiveInt = 1
     """Copies of the sharded weights (HSDP); gradients are summed over the copies."""
 
+    activation_checkpointing: bool | Literal["selective"] = False
+    """Keep only what goes from layer to layer for the backward pass, and compute the rest again; `selective` also keeps
+    the outputs of matrix products and attention, which cost most to compute. Never changes a result."""
+
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in CPU memory, and bring a layer to the GPU to compute with it."""
+
     custom_parallel_plan: str | dict[str, str] | None = None
     """Which layers tensor parallelism divides and how: names with `*` for numbers, such as
     `model.layers.*.self_attn.q_proj: colwise`, or the import path of such a mapping or of a function of the model that
@@ -77,4 +84,18 @@ class DTensorConfig(Section):
                 f" {per_rank}: change pipeline_stages_per_rank or pipeline_schedule",
                 "pipeline_stages_per_rank",
             )
+        if self.pipeline_parallel_size > 1 and self.splits_backward and self.activation_checkpointing:
+            raise conflict(
+                f"{self.pipeline_schedule} computes the gradients of weights apart, for which activations would be"
+                " computed a third time: set activation_checkpointing to false or choose Interleaved1F1B",
+                "activation_checkpointing",
+            )
         return self
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the gradients of weights are computed apart from those of activations, and later.
+
+        Qi et al. 2023, https://arxiv.org/abs/2401.10241.
+        """
+        return self.pipeline_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble")

@@ -145,11 +145,28 @@ class TrainedPolicyConfig(ModelConfig):
     scheduler: Annotated[tuple[SchedulerLink, ...], Field(strict=False)] = ()
     """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
 
+    offload_optimizer_for_logprob: bool = False
+    """While there is no training, keep on the CPU what only an optimizer step reads: the optimizer's state and float32
+    master weights. It costs a transfer each way per step of the loop."""
+
+    reference_on_cpu: bool = True
+    """Keep the frozen reference weights on the CPU while they are not in use: the GPU never holds two models."""
+
     dtensor_cfg: DTensorConfig = DTensorConfig()
     """How the model is spread over several ranks, and which part of it is trained."""
 
     moe: MoEConfig = MoEConfig()
     """How a mixture of experts is trained; a dense model ignores it."""
+
+    @model_validator(mode="after")
+    def _layers_repeat_themselves(self) -> Self:
+        if self.moe.balance_coefficient and self.dtensor_cfg.activation_checkpointing:
+            raise conflict(
+                "moe.balance_coefficient adds a loss from within the layers, which computing them again would miss: set"
+                " it to 0 (bias_update_rate balances too), or dtensor_cfg.activation_checkpointing to false",
+                "dtensor_cfg.activation_checkpointing",
+            )
+        return self
 
     @model_validator(mode="after")
     def _chain_is_whole(self) -> Self:

@@ -31,8 +31,10 @@ from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
 from nemo_rl.training.pytorch.experts import shard_experts
+from nemo_rl.training.pytorch.host_memory import FrozenWeights, HostRest
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
-from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.parallelize import is_sharded, parallelize
+from nemo_rl.training.pytorch.recompute import recompute_layers
 from nemo_rl.training.pytorch.routing import Balance, selection_biases, use_float32_routers
 from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
@@ -74,12 +76,15 @@ def _load(
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
     precision, lora = precision_of(config.precision, device), config.dtensor_cfg.lora_cfg
+    offload = config.dtensor_cfg.cpu_offload
+    if mesh is None and offload and device.type == "cuda":
+        raise ConfigError("dtensor_cfg.cpu_offload needs ranks that meet, be it one; give the backend a mesh")
     if mesh is not None and lora.quantize != "none":
         raise ConfigError("compressed weights are not spread: set lora_cfg.quantize to none, or train in one process")
     # sharded weights that are trained are their own masters
-    is_master = mesh is not None and mesh.sizes.pipeline < mesh.sizes.world_size and not lora.enabled
-    held = torch.float32 if is_master else precision.weights
-    model, adapters = _load_whole(config, source, head, tokenizer, device, held)
+    is_master = mesh is not None and is_sharded(mesh, config.dtensor_cfg) and not lora.enabled
+    held, place = torch.float32 if is_master else precision.weights, torch.device("cpu") if offload else device
+    model, adapters = _load_whole(config, source, head, tokenizer, place, held)
     if balance := _balance(config.moe, mesh):
         balance.check(model.module, model.takes_plans)
     if config.moe.float32_routers:
@@ -152,6 +157,7 @@ class PyTorchBackend:
         """
         self._spread: Spread
         self.model, self._adapters, self._spread = _load(config, source, head, tokenizer, mesh)
+        recompute_layers(self.model.trunk, config.dtensor_cfg.activation_checkpointing)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
@@ -164,7 +170,8 @@ class PyTorchBackend:
         self._optimizer_steps = 0
         self._balance = _balance(config.moe, mesh)
         self._biases = selection_biases(module) if config.moe.bias_update_rate else {}
-        self._reference = [p.detach().clone() for p in self._trained()] if with_reference else None
+        self._rest = HostRest()
+        self._reference = self._frozen() if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
             self.model,
@@ -181,6 +188,7 @@ class PyTorchBackend:
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step on the whole batch."""
+        self.on_device()
         max_tokens = self._config.train_mb_tokens
         dropout = self._adapters.dropout(seed=self._optimizer_steps) if self._adapters else nullcontext()
         try:
@@ -193,6 +201,7 @@ class PyTorchBackend:
 
     def evaluate(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """The loss of a batch and its metrics; no weight changes."""
+        self.make_room()
         return evaluate_step(self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens)
 
     def hold_teachers(self, heads: Sequence[LogitHead]) -> None:
@@ -214,6 +223,7 @@ class PyTorchBackend:
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """float32 [N]: log-probabilities under the current weights where `loss_mask` is true, 0 elsewhere."""
+        self.make_room()
         return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens)
 
     def values(self, batch: TokenBatch) -> Tensor:
@@ -222,7 +232,28 @@ class PyTorchBackend:
         Raises:
             BackendError: the model has no head for it.
         """
+        self.make_room()
         return score_tokens(self._scorer, batch, max_tokens=self._config.logprob_mb_tokens, reads="values")
+
+    def offload(self) -> None:
+        """Move to the CPU what only an optimizer step reads: its state, and masters the model does not compute with."""
+        moments = (value for state in self._optimizer.state.values() for value in state.values())
+        self._rest.put([*self._masters.copies, *(value for value in moments if isinstance(value, Tensor))])
+
+    def on_device(self) -> None:
+        """Bring back what `offload` moved; `train` does so by itself."""
+        self._rest.fetch()
+
+    def make_room(self) -> None:
+        """Before work that is not training: `offload`, where the configuration asks for it."""
+        if self._config.offload_optimizer_for_logprob:
+            self.offload()
+
+    def _frozen(self) -> FrozenWeights:
+        """What is trained, as it is now: sharded weights as they are cast for computing, which takes less memory."""
+        is_spread = self._spread.is_shared
+        dtype = self.precision.weights if is_spread and not self._adapters else None
+        return FrozenWeights(self._trained(), dtype, rests=self._config.reference_on_cpu, swaps=not is_spread)
 
     @contextmanager
     def reference(self) -> Generator[None]:
@@ -233,12 +264,8 @@ class PyTorchBackend:
         """
         if self._reference is None:
             raise BackendError("no reference weights were kept; set loss_fn.reference_policy_kl_penalty above 0")
-        parameters = self._trained()
-        self._spread.exchange(parameters, self._reference)
-        try:
+        with self._reference.in_place():
             yield
-        finally:
-            self._spread.exchange(parameters, self._reference)
 
     def _trained(self) -> list[nn.Parameter]:
         """All weights, or the adapters and new heads alone."""
@@ -265,6 +292,7 @@ class PyTorchBackend:
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, once, before the first step; the reference weights stay those of the start."""
+        self.on_device()
         load_state(folder, self._state())
         self._masters.publish()
         self._optimizer_steps = self._scheduler.last_epoch

@@ -154,6 +154,11 @@ class MasterWeights:
         """What the optimizer steps and what carries the gradients."""
         return list(self.named.values())
 
+    @property
+    def copies(self) -> list[nn.Parameter]:
+        """Those that the model does not compute with itself."""
+        return [master for _, master in self._copies]
+
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the model's own weights, in place."""
@@ -163,14 +168,15 @@ class MasterWeights:
 
 
 def _gradient_mover(master: nn.Parameter) -> Callable[[Tensor], None]:
-    buffer = torch.empty_like(master)  # kept: a conversion into fresh memory takes eight times as long
+    # kept on a CPU: a conversion into fresh memory takes eight times as long there
+    buffer = torch.empty_like(master) if master.device.type == "cpu" else None
 
     def move(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
         if master.grad is None:
-            master.grad = buffer.copy_(gradient)
+            master.grad = gradient.float() if buffer is None else buffer.copy_(gradient)
         else:
             master.grad.add_(gradient)
 

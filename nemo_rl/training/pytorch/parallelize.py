@@ -5,7 +5,7 @@ data (Zhao et al. 2023, https://arxiv.org/abs/2304.11277). Gradients are summed 
 is a part of that of the whole batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, cast
@@ -13,7 +13,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from nemo_rl.config.schema.dtensor import ContextKind, DTensorConfig
@@ -30,7 +36,7 @@ from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.models.stream_model import StreamModel
 from nemo_rl.training.pytorch.context import GatheredContext, SplitHidden, UlyssesContext, key_head_repeats
 from nemo_rl.training.pytorch.experts import expert_modules, shard_experts
-from nemo_rl.training.pytorch.pipeline import SPLITS_BACKWARD, Pipeline, keep_stages, tied_embedding
+from nemo_rl.training.pytorch.pipeline import Pipeline, keep_stages, tied_embedding
 from nemo_rl.training.pytorch.spread import OverMesh
 from nemo_rl.training.pytorch.tensor_parallel import apply_tensor_parallel, tensor_plan
 
@@ -41,12 +47,14 @@ class FullySharded:
 
     Attributes:
         root: the whole model.
+        device: where it is computed, wherever the shards rest.
         divided: ranks that divide the tokens between the layers of a tensor-parallel model.
         context: the ranks that divide the tokens throughout.
         context_kind: how they come to each other's keys.
     """
 
     root: FSDPModule
+    device: torch.device
     divided: int
     context: dist.ProcessGroup
     context_kind: ContextKind
@@ -109,21 +117,26 @@ def parallelize(
             model = replace(model, vocabulary=ShardedVocabulary(group, total))
     if sizes.context > 1:
         _check_context(model, mesh, config)
-    if sizes.pipeline < sizes.world_size:
-        if sizes.pipeline > 1 and config.pipeline_schedule in SPLITS_BACKWARD:
+    if is_sharded(mesh, config):
+        if sizes.pipeline > 1 and config.splits_backward:
             raise ConfigError(
                 f"{config.pipeline_schedule} computes the gradients of weights apart, which sharded weights ({sizes}) "
                 "do not follow; set policy.dtensor_cfg.pipeline_schedule to 1F1B or Interleaved1F1B"
             )
         cast_to = None if precision.weights == torch.float32 else precision.weights
-        root = _shard(model, mesh, cast_to)
+        root = _shard(model, mesh, cast_to, offload=config.cpu_offload)
         divided = sizes.tensor if config.sequence_parallel else 1
-        runner = FullySharded(root, divided, mesh.context.get_group(), config.context_parallel_kind)
+        runner = FullySharded(root, mesh.device, divided, mesh.context.get_group(), config.context_parallel_kind)
         model = replace(model, runner=runner)
     pipeline = None
     if sizes.pipeline > 1:
         pipeline = Pipeline(model, mesh.pipeline, config.pipeline_schedule, config.pipeline_stages_per_rank, precision)
     return model, OverMesh(mesh, pipeline, tied)
+
+
+def is_sharded(mesh: Mesh, config: DTensorConfig) -> bool:
+    """Whether FSDP holds the weights, perhaps for one rank that keeps them on the CPU; if so they are float32."""
+    return mesh.sizes.pipeline < mesh.sizes.world_size or config.cpu_offload
 
 
 def _check_context(model: StreamModel, mesh: Mesh, config: DTensorConfig) -> None:
@@ -138,14 +151,17 @@ def _check_context(model: StreamModel, mesh: Mesh, config: DTensorConfig) -> Non
         key_head_repeats(heads // mesh.sizes.tensor, key_heads // mesh.sizes.tensor, mesh.sizes.context)
 
 
-def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype | None) -> FSDPModule:
+def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype | None, *, offload: bool) -> FSDPModule:
     """Shard every layer on its own, and the rest of the model together, which stays gathered until the end."""
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    settings: Mapping[str, Any] = {"mesh": mesh.weights, "mp_policy": policy}
+    common: dict[str, Any] = {"mp_policy": policy}
+    if offload:
+        common["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
     if mesh.sizes.expert > 1:  # the ranks that divide experts hold none of each other's
         for _, experts in expert_modules(model.module):
-            fully_shard(experts, mesh=mesh.expert_weights, mp_policy=policy)
+            fully_shard(experts, mesh=mesh.expert_weights, **common)
+    settings = {"mesh": mesh.weights, **common}
     for layer in cast(nn.ModuleList, model.trunk.layers):
         if any(True for _ in layer.parameters()):  # not what another stage holds
             fully_shard(layer, **settings)

@@ -27,10 +27,6 @@ from nemo_rl.training.passes import Pass, arithmetic
 
 type Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"]
 
-SPLITS_BACKWARD: frozenset[str] = frozenset({"InterleavedZeroBubble", "ZBVZeroBubble"})
-"""Schedules that compute the gradients of activations first and those of weights later (Qi et al. 2023,
-https://arxiv.org/abs/2401.10241); sharded weights do not follow."""
-
 _FAMILIES = frozenset(
     {"llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "phi3", "smollm3", "gemma3_text", "deepseek_v3"}
 )

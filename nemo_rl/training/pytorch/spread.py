@@ -1,6 +1,6 @@
 """What differs between a model on one rank and one that is spread over several."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +36,6 @@ class Spread(Protocol):
         """The tensors of all ranks by name, each whole and once, without gradient."""
         ...
 
-    def exchange(self, parameters: Sequence[Tensor], other: list[Tensor]) -> None:
-        """Let parameters and others of their shapes change places."""
-        ...
-
 
 class Alone:
     """All weights are here."""
@@ -53,11 +49,6 @@ class Alone:
 
     def stream(self, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor.detach()) for name, tensor in named)
-
-    def exchange(self, parameters: Sequence[Tensor], other: list[Tensor]) -> None:
-        """No tensor is copied."""
-        for i, parameter in enumerate(parameters):
-            parameter.data, other[i] = other[i], parameter.data
 
 
 class OverMesh:
@@ -122,16 +113,8 @@ class OverMesh:
                 if name in seen:
                     continue
                 seen.add(name)
-                full = (
-                    whole(own[name]).contiguous() if here else torch.empty(shape, dtype=dtype, device=self._mesh.device)
-                )
+                device = self._mesh.device  # where the stages talk, even if their weights rest on the CPU
+                full = whole(own[name]).to(device) if here else torch.empty(shape, dtype=dtype, device=device)
+                full = full.contiguous()
                 dist.broadcast(full, rank, group)
                 yield name, full
-
-    def exchange(self, parameters: Sequence[Tensor], other: list[Tensor]) -> None:
-        """Their content moves, because FSDP knows the memory of a shard."""
-        for parameter, kept in zip(parameters, other, strict=True):
-            here, there = local_part(parameter.detach()), local_part(kept)
-            now = here.clone()
-            here.copy_(there)
-            there.copy_(now)
