@@ -1,7 +1,7 @@
 """`RankedWorker`: the ranks of one model, which a loop calls like one worker."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count, pairwise
 from typing import Any, Protocol
@@ -25,6 +25,13 @@ class Deal(Protocol):
 
     def __call__(self, batch: TokenBatch, num_ranks: int, *, whole_groups: bool) -> list[Tensor]: ...
 
+
+_COMBINE: Mapping[str, Callable[[list[Any]], Any]] = {
+    "generation_metrics": merge,
+    "peak_memory_bytes": max,
+    "finish_save": all,
+}
+"""How the answers of all ranks become one, where it is not the first one's."""
 
 _BY_TOKENS: Deal = partial(assign, cost=ComputeCost())
 
@@ -79,7 +86,7 @@ class RankedWorker:
                 shares = [(share,) for share in _shares(requests, len(self._ranks))]
                 return self._ask(method, shares, kwargs, lambda all: [answer for part in all for answer in part])
             case _:
-                combine = {"generation_metrics": merge, "peak_memory_bytes": max}.get(method, _first)
+                combine = _COMBINE.get(method, _first)
                 return self._ask(method, [args] * len(self._ranks), kwargs, combine)
 
     def stop(self) -> None:

@@ -69,9 +69,13 @@ class TrainWorker:
         """Keep the heads of teachers."""
         self._backend.hold_teachers(heads)
 
-    def save(self, folder: Path) -> None:
-        """Write the training state."""
-        self._backend.save(folder)
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
+        """Write the training state, or begin to."""
+        self._backend.save(folder, in_background=in_background)
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        """Whether the training state is written."""
+        return self._backend.finish_save(wait=wait)
 
     def load(self, folder: Path) -> None:
         """Restore the training state."""

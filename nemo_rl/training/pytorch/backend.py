@@ -24,9 +24,10 @@ from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
-from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
+from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
 from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.saving import Saver
 from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
@@ -124,6 +125,7 @@ class PyTorchBackend:
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
+        self._saver = Saver()
         self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
@@ -208,9 +210,16 @@ class PyTorchBackend:
         identity = model_identity(self.model.module.config)
         return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._spread.is_shared)
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
-        save_state(folder, self._state(), self._tokenizer)
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
+        """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`.
+
+        `in_background`, return as soon as they are copied; the folder is whole once `finish_save` says so.
+        """
+        self._saver.save(folder, self._state(), self._tokenizer, in_background=in_background)
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        """Whether what `save` began is written; raises what it failed with. With `wait`, return when it is."""
+        return self._saver.finish(wait=wait)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, once, before the first step; the reference weights stay those of the start."""

@@ -11,7 +11,7 @@ A saved folder has the layout of NeMo RL, both parts in the format of torch.dist
 import copy
 import warnings
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,20 +86,30 @@ def save_state(folder: Path, state: TrainingState, tokenizer: PreTrainedTokenize
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    with _failing_as(f"cannot write the checkpoint {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "weights", {name: weight.detach() for name, weight in state.weights.items()}, state)
-        _write(folder / "optimizer", _named_optimizer_state(state), state)
-        if not state.leads:
-            return
-        tokenizer.save_pretrained(folder / "tokenizer")
-        manifest = Manifest(
-            identity=dict(state.identity),
-            optimizer=_kind(state.optimizer),
-            steps=state.scheduler.last_epoch,
-            files={path.relative_to(folder).as_posix(): _checksum(path) for path in _files(folder)},
-        )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    _writer(folder, state, tokenizer, _parts(state))()
+
+
+def begin_save(
+    folder: Path, state: TrainingState, tokenizer: PreTrainedTokenizerBase, group: dist.ProcessGroup | None
+) -> Callable[[], None]:
+    """Copy the training state to host memory, which takes that much again until it is written.
+
+    Args:
+        folder: as of `save_state`.
+        state: free to change once this returns.
+        tokenizer: saved at once.
+        group: of a shared state, all its ranks under gloo, whose collectives must not meet those of training.
+
+    Returns:
+        What writes the rest, for another thread; it raises as `save_state` does.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    stager = DefaultStager(StagingOptions(*[False] * 4))  # into plain memory, now: also that of a CPU is copied
+    copied = stager.stage(_parts(state))
+    stager.close()
+    return _writer(folder, state, tokenizer, copied, group)
 
 
 def load_state(folder: Path, state: TrainingState) -> None:
@@ -174,6 +185,42 @@ def export_hf(
         tokenizer.save_pretrained(folder)
 
 
+def _parts(state: TrainingState) -> dict[str, dict[str, Any]]:
+    """The tensors of a checkpoint by folder and name."""
+    weights = {name: weight.detach() for name, weight in state.weights.items()}
+    return {"weights": weights, "optimizer": _named_optimizer_state(state)}
+
+
+def _writer(
+    folder: Path,
+    state: TrainingState,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Mapping[str, dict[str, Any]],
+    group: dist.ProcessGroup | None = None,
+) -> Callable[[], None]:
+    """Save the tokenizer; returns what writes the tensors, and last of all the manifest of `state` as it is now."""
+    sentence = f"cannot write the checkpoint {folder}"
+    manifest = Manifest(
+        identity=dict(state.identity), optimizer=_kind(state.optimizer), steps=state.scheduler.last_epoch, files={}
+    )
+    with _failing_as(sentence):
+        folder.mkdir(parents=True, exist_ok=True)
+        if state.leads:
+            tokenizer.save_pretrained(folder / "tokenizer")
+
+    def write() -> None:
+        with _failing_as(sentence):
+            for part, tensors in parts.items():
+                with _quietly():
+                    dcp.save(tensors, checkpoint_id=folder / part, process_group=group, no_dist=not state.is_shared)
+            if not state.leads:
+                return
+            files = {path.relative_to(folder).as_posix(): _checksum(path) for path in _files(folder)}
+            (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
+
+    return write
+
+
 def _named_optimizer_state(state: TrainingState) -> dict[str, Any]:
     """The optimizer's state by weight name instead of position, which another sharding or order would change."""
     held = state.optimizer.state_dict()
@@ -216,12 +263,22 @@ def _verify(folder: Path, state: TrainingState) -> Manifest:
     with _failing_as(f"the checkpoint {folder} is damaged; resume from an earlier one"):
         stored = _metadata(folder / "weights").state_dict_metadata
     held = {name: item.size for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
-    if odd := sorted(set(held.items()) ^ {(n, w.shape) for n, w in state.weights.items()}):
+    if odd := sorted(set(held.items()) ^ _shapes(state)):
         raise CheckpointError(
             f"the checkpoint {folder} and this run train different weights, the first is {odd[0][0]}; "
             f"give the settings that it was made with or start in another folder"
         )
     return manifest
+
+
+def _shapes(state: TrainingState) -> set[tuple[str, torch.Size]]:
+    """Names and shapes of the weights of all ranks."""
+    own = {(name, weight.shape) for name, weight in state.weights.items()}
+    if not state.is_shared:
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return set().union(*everyone)
 
 
 def _sentence(identity: Identity) -> str:
@@ -246,11 +303,6 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _write(folder: Path, tensors: Mapping[str, Any], state: TrainingState) -> None:
-    with _quietly():
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not state.is_shared)
-
-
 def _read(folder: Path, targets: dict[str, Any], state: TrainingState) -> dict[str, Any]:
     """Fill the tensors of `targets` in place."""
     with _quietly():
@@ -259,13 +311,15 @@ def _read(folder: Path, targets: dict[str, Any], state: TrainingState) -> dict[s
 
 
 def _moment_targets(folder: Path, state: TrainingState) -> dict[str, Any]:
-    """New tensors for all that an optimizer's folder holds, those of the shape of a weight spread as the weight is."""
+    """New tensors for what an optimizer's folder holds of these weights, those of their shape spread as they are."""
     targets: dict[str, Any] = {}
     for key, item in _metadata(folder).state_dict_metadata.items():
         weight = state.weights.get(key.removeprefix("state.").rpartition(".")[0])
+        if weight is None:
+            continue  # of another pipeline stage
         if not isinstance(item, TensorStorageMetadata):
             targets[key] = None
-        elif weight is not None and weight.shape == item.size:
+        elif weight.shape == item.size:
             targets[key] = torch.empty_like(weight.detach(), dtype=item.properties.dtype)
         else:
             targets[key] = torch.empty(item.size, dtype=item.properties.dtype)
