@@ -1,4 +1,4 @@
-"""A checkpoint written while training goes on is that of the step at which it was begun; a kill leaves it or another."""
+"""A checkpoint written in the background is that of the step at which it was begun; a kill leaves it or another."""
 
 import multiprocessing
 import os

@@ -1,5 +1,6 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
+import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
@@ -19,9 +20,17 @@ from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
-from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
+from nemo_rl.models.load import (
+    SCORE,
+    empty_model,
+    is_stored_as_it_is,
+    load_causal_lm,
+    load_scalar_model,
+    model_identity,
+)
 from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
+from nemo_rl.models.weight_files import WeightFiles, named_tensors
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state
@@ -30,6 +39,8 @@ from nemo_rl.training.pytorch.parallelize import parallelize
 from nemo_rl.training.pytorch.saving import Saver
 from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
+
+_log = logging.getLogger(__name__)
 
 
 def choose_device(device: str) -> torch.device:
@@ -71,8 +82,20 @@ def _load(
     if mesh is None:
         return _load_whole(config, source, head, tokenizer, device, precision.weights), Alone()
     shards = mesh.sizes.pipeline < mesh.sizes.world_size  # sharded weights are their own masters
-    model = _load_whole(config, source, head, tokenizer, device, torch.float32 if shards else precision.weights)
-    return parallelize(model, mesh, config.dtensor_cfg, precision)
+    dtype = torch.float32 if shards else precision.weights
+    files, pad = WeightFiles.find(source), cast("int | None", tokenizer.pad_token_id)
+    empty = empty_model(source, dtype=dtype, is_scalar=head == "scalar", pad_token_id=pad if head == "scalar" else None)
+    names = named_tensors(empty).keys() - {SCORE}
+    if mesh.most(int(files is None or not is_stored_as_it_is(empty) or not names <= files.files.keys())):
+        _log.info(
+            "%s is loaded whole by every rank: its files, if they are here, hold other tensors than it has", source
+        )
+        model = _load_whole(config, source, head, tokenizer, device, dtype)
+        return parallelize(model, mesh, config.dtensor_cfg, precision)
+    assert files is not None
+    model, spread = parallelize(_with_head(empty, head), mesh, config.dtensor_cfg, precision)
+    files.fill(model.module, device)
+    return model, spread
 
 
 def _load_whole(
@@ -87,9 +110,15 @@ def _load_whole(
         module, _ = load_scalar_model(
             source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
         )
-        return ScalarModel.wrap(module.eval())
-    module, _ = load_causal_lm(source, dtype=dtype, device=device)
-    model = CausalLM.wrap(module.eval())
+    else:
+        module, _ = load_causal_lm(source, dtype=dtype, device=device)
+    return _with_head(module.eval(), head)
+
+
+def _with_head(module: PreTrainedModel, head: Head) -> CausalLM | ScalarModel:
+    if head == "scalar":
+        return ScalarModel.wrap(module)
+    model = CausalLM.wrap(module)
     return model.with_value_head() if head == "language_and_value" else model
 
 

@@ -150,6 +150,7 @@ def export_hf(
     dtype: torch.dtype,
     weights: Mapping[str, Tensor] | None = None,
     spread: Spread | None = None,
+    max_bytes: int = 50 * 10**9,
 ) -> None:
     """Write a model folder that plain Transformers loads: safetensors, configuration, tokenizer.
 
@@ -162,6 +163,7 @@ def export_hf(
         dtype: of the floating-point tensors in the files.
         weights: better ones by name, such as float32 masters.
         spread: where the tensors are; None is here.
+        max_bytes: of a file.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -178,7 +180,7 @@ def export_hf(
     if not leads:
         return
     with _failing_as(f"cannot write the model folder {folder}"):
-        model.save_pretrained(folder, state_dict=exported)
+        model.save_pretrained(folder, state_dict=exported, max_shard_size=max_bytes)
         config = copy.deepcopy(model.config)
         config.dtype = dtype
         config.save_pretrained(folder)
@@ -237,29 +239,48 @@ def _stepped_names(state: TrainingState) -> list[str]:
     return [names[id(weight)] for group in state.optimizer.param_groups for weight in group["params"]]
 
 
-def _verify(folder: Path, state: TrainingState) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint says about itself.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: {MANIFEST}: {said}; resume from another one"
         ) from error
+
+
+def check_files(folder: Path, manifest: Manifest, part: str = "") -> None:
+    """Compare the files of a checkpoint, or of a part of it, with their checksums.
+
+    Raises:
+        CheckpointError: one is damaged or missing.
+    """
+    for name, checksum in manifest.files.items():
+        if name.startswith(part) and (not (folder / name).is_file() or _checksum(folder / name) != checksum):
+            raise CheckpointError(
+                f"the checkpoint file {folder / name} is damaged or missing; resume from an earlier checkpoint"
+            )
+
+
+def _verify(folder: Path, state: TrainingState) -> Manifest:
+    manifest = read_manifest(folder)
     if manifest.identity != dict(state.identity):
         raise CheckpointError(
-            f"the checkpoint {folder} is of another model: it holds {_sentence(manifest.identity)}, this run trains "
-            f"{_sentence(state.identity)}; give the model that it was made from or start in another folder"
+            f"the checkpoint {folder} is of another model: it holds {describe_model(manifest.identity)}, this run "
+            f"trains {describe_model(state.identity)}; give the model that it was made from or start in another folder"
         )
     if manifest.optimizer != _kind(state.optimizer):
         raise CheckpointError(
             f"the checkpoint {folder} was made with {manifest.optimizer} and this run uses "
             f"{_kind(state.optimizer)}; use the same optimizer or start in another folder"
         )
-    for name, checksum in manifest.files.items() if state.leads else ():
-        if not (folder / name).is_file() or _checksum(folder / name) != checksum:
-            raise CheckpointError(
-                f"the checkpoint file {folder / name} is damaged or missing; resume from an earlier checkpoint"
-            )
+    if state.leads:
+        check_files(folder, manifest)
     with _failing_as(f"the checkpoint {folder} is damaged; resume from an earlier one"):
         stored = _metadata(folder / "weights").state_dict_metadata
     held = {name: item.size for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
@@ -281,7 +302,8 @@ def _shapes(state: TrainingState) -> set[tuple[str, torch.Size]]:
     return set().union(*everyone)
 
 
-def _sentence(identity: Identity) -> str:
+def describe_model(identity: Identity) -> str:
+    """Name a model for people."""
     sizes = ", ".join(f"{label} {value}" for label, value in identity.items() if label != "architecture")
     return f"{identity.get('architecture')} ({sizes})"
 
