@@ -51,6 +51,7 @@ def save_moved(rank: int, source: Path, step: Path, sizes: ParallelSizes, head: 
             "max_total_sequence_length": 64,
             "precision": "float32",
             "device": "cpu",
+            "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-2}},
             "generation": {"backend": "hf", "max_new_tokens": 8},
             "dtensor_cfg": size_keys(sizes),
         }
