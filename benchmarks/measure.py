@@ -45,7 +45,8 @@ def parse_arguments(parser: argparse.ArgumentParser, repetitions: int = 5) -> ar
 
 def machine() -> dict[str, str | int]:
     """Describe the machine and the settings that figures depend on."""
-    return {
+    card = {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return card | {
         "cores": os.cpu_count() or 0,
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -90,14 +91,29 @@ def peak_memory_of(command: Sequence[str]) -> int:
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
-def take_turns(sides: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Run all sides in turns, `repetitions` times; the CPU seconds of each run. Warm up before."""
+def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
+    """CPU seconds of a call, or on a GPU the seconds from its first kernel to its last."""
+    if device == "cpu":
+        start = cpu_seconds()
+        run()
+        return cpu_seconds() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[], object]], repetitions: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Run all sides in turns, `repetitions` times; the seconds (`seconds_of`) of each run. Warm up before."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions):
         for name, run in sides.items():
-            start = cpu_seconds()
-            run()
-            seconds[name].append(cpu_seconds() - start)
+            seconds[name].append(seconds_of(run, device))
     return seconds
 
 

@@ -10,22 +10,29 @@ computed tokens; no optimizer. Before anything is timed their gradients are comp
 - `trimmed` is the ratio to plain rows whose prompt positions skip the LM head, so it owes nothing but to sharing. Its
   ceiling is the ratio of computed tokens, less what the head costs both sides: 3.0x at 256/64/8.
 
+On a GPU (`--device cuda`, case `gpu`) the model has the shape of Qwen2.5-0.5B and random weights, time is the GPU's.
+
 Tokens are random, so responses of a group share nothing but their prompt. `varied` responses have 50 to 100% of the
 longest length. Cases are prompt/response/group x prompts.
 
     uv run --group bench benchmarks/prefix_sharing.py [--cases targets grid] [--dtype float32] [--out FILE]
+    uv run --group bench benchmarks/prefix_sharing.py --device cuda --cases gpu --dtype bfloat16
 """
 
 import argparse
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from measure import Comparison, median_ratio, parse_arguments, print_header, print_machine, take_turns, write_results
+from model_folder import write_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config
 from transformers.utils.logging import disable_progress_bar
 
 from nemo_rl.data.batch import TokenBatch
@@ -68,7 +75,9 @@ GRID = tuple(
     for response in (8, 32, 128)
     for group in (2, 8)
 )
-QUICK = {"targets": (Shape(44, 16, 4, 2, target=1.0),), "grid": (Shape(16, 8, 2, 1),)}
+GPU = (Shape(1024, 128, 16, 2), Shape(512, 512, 8, 2), Shape(256, 1024, 8, 2))
+SHAPES = {"targets": TARGETS, "grid": GRID, "gpu": GPU}
+QUICK = {"targets": (Shape(44, 16, 4, 2, target=1.0),), "grid": (Shape(16, 8, 2, 1),), "gpu": (Shape(32, 32, 2, 2),)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +123,14 @@ def make_batch(shape: Shape, vocabulary: int, *, varied: bool) -> TokenBatch:
     )
 
 
-def padded(batch: TokenBatch, prompt: int) -> list[Rows]:
-    """Pad the rollouts, as many rows to a micro-batch as fit into the budget, at least one."""
+def padded(batch: TokenBatch, prompt: int, device: str) -> list[Rows]:
+    """Pad the rollouts on the device, as many rows to a micro-batch as fit into the budget, at least one."""
     parts: list[Rows] = []
     lengths = batch.lengths.tolist()
 
     def pad(column: Tensor, indices: list[int]) -> Tensor:
         pieces = column.split(lengths)
-        return nn.utils.rnn.pad_sequence([pieces[i] for i in indices], batch_first=True)
+        return nn.utils.rnn.pad_sequence([pieces[i] for i in indices], batch_first=True).to(device)
 
     for part in torch.arange(len(lengths)).split(max(1, MAX_TOKENS // max(lengths))):
         indices = part.tolist()
@@ -171,7 +180,8 @@ def difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> floa
 def compare(shape: Shape, plain: PreTrainedModel, scorer: Scorer, repetitions: int, *, varied: bool) -> Comparison:
     """Check one shape, which warms both sides up, and time it."""
     batch = make_batch(shape, plain.config.vocab_size, varied=varied)
-    parts = padded(batch, shape.prompt)
+    device = plain.device.type
+    parts = padded(batch, shape.prompt, device)
     sides = {
         "trimmed": lambda: padded_step(plain, parts, shape.prompt, all_logits=False),
         "plain": lambda: padded_step(plain, parts, shape.prompt, all_logits=True),
@@ -180,7 +190,7 @@ def compare(shape: Shape, plain: PreTrainedModel, scorer: Scorer, repetitions: i
     for run in sides.values():
         run()
     apart = difference(gradients(plain), gradients(scorer.model.module))
-    seconds = take_turns(sides, repetitions)
+    seconds = take_turns(sides, repetitions, device)
     trimmed = median_ratio(seconds["trimmed"], seconds["ours"])
     return Comparison(
         name=f"{shape} {'varied' if varied else 'fixed'}",
@@ -191,26 +201,46 @@ def compare(shape: Shape, plain: PreTrainedModel, scorer: Scorer, repetitions: i
     )
 
 
+def random_model() -> Qwen2Config:
+    """The shape of Qwen2.5-0.5B."""
+    return Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+
+
 def main() -> None:
     """Compare all shapes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=["targets", "grid"], default=["targets", "grid"])
+    parser.add_argument("--cases", nargs="+", choices=list(SHAPES), default=["targets", "grid"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parse_arguments(parser)
     print_machine()
     disable_progress_bar()
 
     dtype: torch.dtype = getattr(torch, options.dtype)
-    source = resolve_model(MODEL, cache_dir())
-    plain, _ = load_causal_lm(source, dtype=dtype, attn_implementation="sdpa")
-    ours, _ = load_causal_lm(source, dtype=dtype)
-    scorer = Scorer(CausalLM.wrap(ours))
+    with ExitStack() as stack:
+        source = Path(stack.enter_context(TemporaryDirectory()))
+        if options.device == "cuda":
+            write_model(source, random_model(), dtype, "cuda")
+        else:
+            source = resolve_model(MODEL, cache_dir())
+        plain, _ = load_causal_lm(str(source), dtype=dtype, device=options.device, attn_implementation="sdpa")
+        ours, _ = load_causal_lm(str(source), dtype=dtype, device=options.device)
+    rows = 2**31 // (4 * plain.config.vocab_size) if options.device == "cuda" else 256
+    scorer = Scorer(CausalLM.wrap(ours.eval()), chunk_size=rows)
     comparisons: list[Comparison] = []
-    shapes = QUICK if options.quick else {"targets": TARGETS, "grid": GRID}
-    print_header(f"{options.dtype}, CPU seconds a step", "plain", "ours")
+    shapes = QUICK if options.quick else SHAPES
+    print_header(f"{options.dtype}, {options.device} seconds a step", "plain", "ours")
     for case in options.cases:
         for shape in shapes[case]:
-            for varied in (False, True) if case == "targets" else (False,):
+            for varied in (False,) if case == "grid" else (False, True):
                 comparison = compare(shape, plain, scorer, options.repetitions, varied=varied)
                 comparison.print()
                 comparisons.append(comparison)

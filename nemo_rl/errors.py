@@ -55,3 +55,7 @@ class BackendError(NemoRLError):
 
 class WorkerError(NemoRLError):
     """A worker failed; the message holds the traceback of the process it ran in."""
+
+
+class WorkerDiedError(WorkerError):
+    """The process of a worker ended before it answered."""

@@ -61,7 +61,11 @@ class TrainingBackend(Protocol):
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and full tensors, streamed."""
+        """Hugging Face names and full tensors, streamed; adapters are part of them."""
+        ...
+
+    def named_adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """PEFT's names and full tensors of the adapters alone, streamed; nothing without adapters."""
         ...
 
     def save(self, folder: Path, *, in_background: bool = False) -> None:

@@ -30,7 +30,7 @@ FORBIDDEN_TEXT = {
 # Layers with one owner for one deed; `nemo_rl/` is left off the paths.
 FORBIDDEN_CODE = {
     re.compile(r"\bos\.(environ|getenv|putenv)\b"): ("distributed/", "only distributed/ touches environment variables"),
-    re.compile(r"\.backward\("): ("training/step.py", "only training/step.py calls backward"),
+    re.compile(r"\.backward\("): ("training/passes.py", "only training/passes.py calls backward"),
     re.compile(r"^\s*print\("): ("cli.py", "the library logs; only the command line prints"),
 }
 

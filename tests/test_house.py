@@ -134,7 +134,7 @@ def load_house_rules() -> ModuleType:
         ("nemo_rl/long.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
         ("nemo_rl/utils.py", "", "named for what it does"),
         ("nemo_rl/rollouts/collect.py", "import os\nx = os.environ['HOME']\n", "only distributed/"),
-        ("nemo_rl/algorithms/grpo.py", "loss.backward()\n", "only training/step.py"),
+        ("nemo_rl/algorithms/grpo.py", "loss.backward()\n", "only training/passes.py"),
         ("nemo_rl/data/batch.py", "def f():\n    print('here')\n", "only the command line prints"),
         ("README.md", "cd /ro" + "ot/project/x\n", "a path of one machine"),
         ("nemo_rl/one.py", "# TO" + "DO later\n", "unfinished work"),
@@ -158,7 +158,7 @@ def test_house_rules_name_the_offence(
     ("name", "text"),
     [
         ("nemo_rl/distributed/cache.py", "import os\nx = os.environ.get('NEMO_RL_CACHE')\n"),
-        ("nemo_rl/training/step.py", "def f():\n" + "    x = 1\n" * 59 + "loss.backward()\n"),
+        ("nemo_rl/training/passes.py", "def f():\n" + "    x = 1\n" * 59 + "loss.backward()\n"),
         ("tests/test_long.py", "def test_f():\n" + "    x = 1\n" * 90),
         ("README.md", "see https://pypi.org/simple and https://packaging.python.org, cd ~/work/project\n"),
     ],

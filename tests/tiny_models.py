@@ -11,17 +11,23 @@ from transformers import (
     DeepseekV3Config,
     DogeConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
+    SmolLM3Config,
     StableLmConfig,
 )
 
@@ -30,11 +36,17 @@ from nemo_rl.models.embedded import embedded_model
 
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
+    "smollm3": SmolLM3Config,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
     "mistral": MistralConfig,
+    "mixtral": MixtralConfig,
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "phi": PhiConfig,
+    "phi3": Phi3Config,
     "gpt_oss": GptOssConfig,
     "deepseek_v3": DeepseekV3Config,
 }
@@ -51,6 +63,29 @@ OTHER_FAMILIES: dict[str, type[PreTrainedConfig]] = {
 """Recurrent, recurrent in some layers (two of them), attention of its own, a mask of its own, a head of its own."""
 
 SIZES: dict[str, dict[str, Any]] = {
+    # one layer with rotary positions, one without
+    "smollm3": {"no_rope_layers": [1, 0]},
+    # a dense layer, then one of experts
+    "qwen3_moe": {
+        "mlp_only_layers": [0],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    # rotary positions of another base in the layer with a window
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+        },
+    },
+    "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "phi3": {"sliding_window": 8},
     # caps so low that scores reach them
     "gemma2": {
         "attn_logit_softcapping": 2.0,
@@ -58,7 +93,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 8,
         "sliding_window": 8,
     },
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8},
     # values narrower than keys
     "deepseek_v3": {
         "num_key_value_heads": 4,
@@ -70,7 +105,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "v_head_dim": 6,
         "first_k_dense_replace": 1,
         "moe_intermediate_size": 16,
-        "n_routed_experts": 4,
+        "n_routed_experts": 8,
         "num_experts_per_tok": 2,
         "n_group": 2,
         "topk_group": 1,

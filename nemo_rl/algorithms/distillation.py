@@ -94,7 +94,7 @@ def distillation_objective(config: TaughtRunConfig, vocab_size: int) -> Distilla
         zero_outside_topk=config.loss_fn.zero_outside_topk,
         temperature=config.loss_fn.temperature,
         vocab_size=vocab_size,
-        chunk_size=config.policy.logprob_chunk_size,
+        chunk_size=config.policy.logprob_chunk_size or 256,
     )
 
 

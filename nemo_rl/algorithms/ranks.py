@@ -33,6 +33,7 @@ def parallel_sizes(model: TrainedPolicyConfig, cluster: ClusterConfig, *, sectio
             context=spread.context_parallel_size,
             tensor=spread.tensor_parallel_size,
             expert=spread.expert_parallel_size,
+            folded=spread.pipeline_parallel_size > 1 and spread.pipeline_schedule == "ZBVZeroBubble",
         )
     except ConfigError as error:
         where = "ranks_per_node" if cluster.ranks_per_node else "gpus_per_node"

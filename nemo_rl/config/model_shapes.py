@@ -39,9 +39,29 @@ class ModelShape:
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv) + self.qk_norm * 2 * self.head_dim
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return (1 if self.tied else 2) * self.vocab * self.hidden + self.layers * layer + self.hidden
+        vectors = self.qkv_bias * (q + 2 * kv) + self.qk_norm * 2 * self.head_dim + 2 * self.hidden
+        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
+        return embeddings + self.linear_parameters + self.layers * vectors + self.hidden
+
+    @property
+    def linear_parameters(self) -> int:
+        """Numbers in the matrices of all linear layers but the head."""
+        return sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """Inputs and outputs of all linear layers but the head, by name."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = {
+            "self_attn.q_proj": (self.hidden, q),
+            "self_attn.k_proj": (self.hidden, kv),
+            "self_attn.v_proj": (self.hidden, kv),
+            "self_attn.o_proj": (q, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.intermediate),
+            "mlp.up_proj": (self.hidden, self.intermediate),
+            "mlp.down_proj": (self.intermediate, self.hidden),
+        }
+        return {f"model.layers.{i}.{name}": sizes for i in range(self.layers) for name, sizes in layer.items()}
 
     @property
     def kv_elements_per_token(self) -> int:

@@ -159,22 +159,24 @@ def memory_rows(config: RunConfig, shape: ModelShape | None) -> Rows:
 
 def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     """Bytes by part of one rank that trains and, with `hf` generation, samples; a vLLM engine is not in it."""
-    policy, parameters, spread = config.policy, shape.parameters, config.policy.dtensor_cfg
+    policy, spread = config.policy, config.policy.dtensor_cfg
     largest = batch_plan(config).largest if isinstance(config, SampledRunConfig) else policy.train_mb_tokens
     stored, computed = _number_sizes(policy, config)
+    reference = _FLOAT32 * _adapter_parameters(policy, shape) or stored * shape.parameters
+    rows = min(largest, policy.head_rows(shape.vocab, on_gpu=bool(config.cluster.gpus_per_node)))
     parts = {
         **_weight_bytes(policy, shape, config),
-        "reference weights": stored * parameters // _weight_parts(policy, config) if _has_reference(config) else 0,
+        "reference weights": reference // _weight_parts(policy, config) if _has_reference(config) else 0,
         "activations": computed
         * largest
         * shape.activation_elements_per_token
         // (spread.context_parallel_size * spread.pipeline_parallel_size),
-        "logits of one chunk": (computed + 2 * _FLOAT32) * policy.logprob_chunk_size * shape.vocab,
+        "logits of one chunk": (computed + 2 * _FLOAT32) * rows * shape.vocab,
     }
     if isinstance(config, SampledRunConfig) and isinstance(config.policy.generation, HFGenerationConfig):
         generation, num_ranks = config.policy.generation, config.cluster.num_ranks
         sequences = min(generation.max_batch_size, -(-config.num_rollouts_per_step // num_ranks))
-        parts["weights of the sampler"] = stored * parameters if num_ranks > 1 else 0
+        parts["weights of the sampler"] = stored * shape.parameters if num_ranks > 1 else 0
         tokens = sequences * (config.max_prompt_tokens + generation.max_new_tokens)
         parts["KV cache"] = computed * tokens * shape.kv_elements_per_token
     return {name: count for name, count in parts.items() if count}
@@ -190,15 +192,32 @@ def _number_sizes(model: ModelConfig, config: RunConfig) -> tuple[int, int]:
 
 def _weight_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> dict[str, int]:
     """Bytes of the weights that a rank holds of a model, and of what training keeps beside them."""
-    stored, parameters = _number_sizes(model, config)[0], shape.parameters // _weight_parts(model, config)
-    parts = {"weights": stored * parameters}
-    if isinstance(model, TrainedPolicyConfig):
-        parts |= {
-            "master weights": _FLOAT32 * parameters if stored < _FLOAT32 else 0,
-            "gradients": _FLOAT32 * parameters,
-            "optimizer moments": _FLOAT32 * _moments(model.optimizer) * parameters,
-        }
-    return parts
+    stored = _number_sizes(model, config)[0]
+    if not isinstance(model, TrainedPolicyConfig):
+        return {"weights": stored * shape.parameters}
+    adapters = _adapter_parameters(model, shape)
+    trained = adapters or shape.parameters
+    compressed = shape.linear_parameters * _BITS[model.dtensor_cfg.lora_cfg.quantize] // 8
+    plain = shape.parameters - (shape.linear_parameters if compressed else 0)
+    parts = {
+        "weights": stored * plain + compressed,
+        "adapters": _FLOAT32 * adapters,
+        "master weights": _FLOAT32 * trained if stored < _FLOAT32 and not adapters else 0,
+        "gradients": _FLOAT32 * trained,
+        "optimizer moments": _FLOAT32 * _moments(model.optimizer) * trained,
+    }
+    return {name: count // _weight_parts(model, config) for name, count in parts.items()}
+
+
+_BITS = {"none": 0, "nf4": 4, "int8": 8}
+"""Of a number in a quantized linear layer; its scales are a few hundredths of that."""
+
+
+def _adapter_parameters(model: TrainedPolicyConfig, shape: ModelShape) -> int:
+    """Numbers in the adapters, which are float32 and trained alone; 0 where all weights are trained."""
+    lora = model.dtensor_cfg.lora_cfg
+    adapted = (sizes for name, sizes in shape.linears.items() if lora.enabled and lora.adapts(name))
+    return sum(lora.dim * (inputs + outputs) for inputs, outputs in adapted)
 
 
 def _weight_parts(model: ModelConfig, config: RunConfig) -> int:

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nemo_rl.data.transfer import moved
 from nemo_rl.data.types import Example, Preference, Rollout, RolloutGroup
 from nemo_rl.errors import DataError
 
@@ -44,15 +45,9 @@ class TokenBatch:
         for name, tensor in own.items():
             if tensor.dtype != torch.int64 or tensor.dim() != 1:
                 raise DataError(f"TokenBatch.{name} is {_describe(tensor)}; it must be int64 with one dimension")
-        if not len(self.cu_seqlens) or self.cu_seqlens[0] != 0 or self.cu_seqlens[-1] != len(self.token_ids):
-            raise DataError(f"TokenBatch.cu_seqlens must run from 0 to the {len(self.token_ids)} tokens of the batch")
-        if (self.lengths < 0).any():
-            raise DataError("TokenBatch.cu_seqlens decreases; it must be the running total of the sequence lengths")
-        if len(self.group_ids) != self.num_sequences:
-            raise DataError(f"TokenBatch has {len(self.group_ids)} group_ids for {self.num_sequences} sequences")
-        if len(self.group_ids.unique_consecutive()) != len(self.group_ids.unique()):
-            raise DataError("TokenBatch.group_ids tears a group apart; sequences of a group must be neighbours")
         device = self.token_ids.device
+        if device.type == "cpu":
+            self._check_values()
         for name, column in self.token_columns.items():
             if column.shape[:1] != (self.num_tokens,) or column.device != device:
                 raise DataError(
@@ -68,6 +63,17 @@ class TokenBatch:
         loss_mask = self.token_columns.get("loss_mask")
         if loss_mask is not None and loss_mask.dtype != torch.bool:
             raise DataError(f"TokenBatch token column 'loss_mask' is {_describe(loss_mask)}; it must be bool")
+
+    def _check_values(self) -> None:
+        """Look at the numbers; not on a GPU, which would have to stop for it and is given what a CPU has checked."""
+        if not len(self.cu_seqlens) or self.cu_seqlens[0] != 0 or self.cu_seqlens[-1] != len(self.token_ids):
+            raise DataError(f"TokenBatch.cu_seqlens must run from 0 to the {len(self.token_ids)} tokens of the batch")
+        if (self.lengths < 0).any():
+            raise DataError("TokenBatch.cu_seqlens decreases; it must be the running total of the sequence lengths")
+        if len(self.group_ids) != self.num_sequences:
+            raise DataError(f"TokenBatch has {len(self.group_ids)} group_ids for {self.num_sequences} sequences")
+        if len(self.group_ids.unique_consecutive()) != len(self.group_ids.unique()):
+            raise DataError("TokenBatch.group_ids tears a group apart; sequences of a group must be neighbours")
 
     @classmethod
     def from_rollouts(cls, groups: Sequence[RolloutGroup]) -> Self:
@@ -278,11 +284,11 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> Self:
         """Move every tensor to a device."""
         return type(self)(
-            token_ids=self.token_ids.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            group_ids=self.group_ids.to(device),
-            token_columns={name: column.to(device) for name, column in self.token_columns.items()},
-            sequence_columns={name: column.to(device) for name, column in self.sequence_columns.items()},
+            token_ids=moved(self.token_ids, device),
+            cu_seqlens=moved(self.cu_seqlens, device),
+            group_ids=moved(self.group_ids, device),
+            token_columns={name: moved(column, device) for name, column in self.token_columns.items()},
+            sequence_columns={name: moved(column, device) for name, column in self.sequence_columns.items()},
         )
 
     def to_bytes(self) -> bytes:

@@ -12,6 +12,9 @@ from typing import Any
 from nemo_rl.errors import WorkerError
 from nemo_rl.interfaces import Future
 
+_DEATH_IS_KNOWN_SECONDS = 0.5
+"""How long the driver may take to notice that a process has ended."""
+
 
 class CallFuture:
     """The result of one call, for threads (`result`) and for event loops (`await`)."""
@@ -71,7 +74,8 @@ class CallFuture:
 def joined(futures: Sequence[Future], combine: Callable[[list[Any]], Any], label: str) -> CallFuture:
     """Make one future of many; it fails with the first failure in time, its rank noted on it.
 
-    The order of time matters: when one rank dies, its peers may wait in a collective for ever.
+    The order of time matters: when one rank dies, its peers may wait in a collective for ever. Or they fail, because
+    they miss it, at the same moment; then its death is what is told.
 
     Args:
         futures: one per rank.
@@ -88,14 +92,22 @@ def joined(futures: Sequence[Future], combine: Callable[[list[Any]], Any], label
         except BaseException as error:
             answer.set_exception(error)
 
+    def fail(error: BaseException) -> None:
+        with lock:
+            if not answer.done():
+                answer.set_exception(error)
+
     def collect(rank: int) -> None:
         try:
             values[rank] = futures[rank].result(0)
         except BaseException as error:
-            with lock:
-                if not answer.done():
-                    error.add_note(f"rank {rank} of {len(futures)}")
-                    answer.set_exception(error)
+            error.add_note(f"rank {rank} of {len(futures)}")
+            if type(error) is WorkerError and len(futures) > 1:  # perhaps it only misses one that has just died
+                late = threading.Timer(_DEATH_IS_KNOWN_SECONDS, fail, [error])
+                late.daemon = True
+                late.start()
+            else:
+                fail(error)
             return
         with lock:
             left.discard(rank)

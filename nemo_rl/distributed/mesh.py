@@ -8,7 +8,7 @@ the experts of a layer.
 """
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -217,7 +217,7 @@ class RankPlace:
 
 
 @contextmanager
-def meeting(sizes: ParallelSizes, host: str = "127.0.0.1") -> Iterator[list[RankPlace]]:
+def meeting(sizes: ParallelSizes, host: str = "127.0.0.1") -> Generator[list[RankPlace]]:
     """Hold the meeting of the ranks on this machine, on a free port; leave it when none of them is needed any more.
 
     Args:

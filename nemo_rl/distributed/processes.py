@@ -24,7 +24,7 @@ from typing import Any
 
 from nemo_rl.distributed.calls import CallFuture
 from nemo_rl.distributed.host import ActorHost
-from nemo_rl.errors import NemoRLError, WorkerError
+from nemo_rl.errors import NemoRLError, WorkerDiedError, WorkerError
 
 _PRELOADED = ["torch.distributed.fsdp", "nemo_rl.workers.policy"]
 """Imported once, in the fork server: what a model's rank would import; without it a rank takes seconds to start."""
@@ -95,7 +95,9 @@ class ProcessWorker:
                 with suppress(OSError):  # it has just died: the reader says so
                     self._pipe.send_bytes(data)
             else:
-                answer.set_exception(WorkerError(f"worker {self.name} has died ({self._death}) and runs no `{what}`"))
+                answer.set_exception(
+                    WorkerDiedError(f"worker {self.name} has died ({self._death}) and runs no `{what}`")
+                )
         return CallFuture(answer, f"{self.name}.{what}")
 
     def _read(self) -> None:
@@ -133,7 +135,7 @@ class ProcessWorker:
             lost, self._pending = self._pending, deque()
         for answer, what in lost:
             if answer.set_running_or_notify_cancel():
-                answer.set_exception(WorkerError(f"worker {self.name} died during `{what}`: {self._death}"))
+                answer.set_exception(WorkerDiedError(f"worker {self.name} died during `{what}`: {self._death}"))
 
     def _kill(self) -> None:
         pid = self._process.pid

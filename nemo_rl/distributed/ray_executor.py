@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nemo_rl.distributed.calls import CallFuture, joined, worker_name
 from nemo_rl.distributed.cluster import RayCluster, Reservation
 from nemo_rl.distributed.host import ActorHost
-from nemo_rl.errors import NemoRLError, WorkerError
+from nemo_rl.errors import NemoRLError, WorkerDiedError, WorkerError
 from nemo_rl.interfaces import Resources, WorkerHandle
 
 if TYPE_CHECKING:
@@ -182,5 +182,5 @@ def _own_error(error: BaseException, name: str, method: str) -> Exception:
     if isinstance(error, RayTaskError) and isinstance(error.cause, NemoRLError):
         return error.cause
     if isinstance(error, RayActorError):
-        return WorkerError(f"worker {name} died during `{method}`: {error}")
+        return WorkerDiedError(f"worker {name} died during `{method}`: {error}")
     return WorkerError(f"worker {name} failed in `{method}`: {error}")

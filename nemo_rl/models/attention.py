@@ -2,11 +2,12 @@
 
 A model runs on a flat stream `[1, S]`; whoever calls it passes an `AttentionPlan` through the forward keyword
 `attention_plan`, and every layer's queries, keys and values come here. No dense mask over the stream ever exists:
-`TreeAttention` gathers each segment's keys along the segment tree and runs one causal attention per segment, segments
-of like shape in one call.
+`TreeAttention` gathers each segment's keys along the segment tree and runs one causal attention per segment: on a GPU
+all of them in one variable-length kernel, elsewhere segments of like shape in one call.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from nemo_rl.data.packing import SegmentTree
+from nemo_rl.data.transfer import moved
 from nemo_rl.errors import ModelError
+from nemo_rl.models.varlen import VarlenTree, can_use_varlen
 
 NAME = "nemo_rl"
 
@@ -47,6 +50,7 @@ class AttentionPlan(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor: ...
 
 
+@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -120,36 +124,63 @@ class _Bucket:
 class TreeAttention:
     """Attention along a segment tree (see `nemo_rl.data.packing.SegmentTree`), exact for values and gradients.
 
-    Segments whose lengths agree after rounding up (queries to 8, keys to 16) share a call: a call on a CPU costs as
-    much as some five hundred query-key pairs, which is more than the rounding adds.
+    Where `can_use_varlen` and the formula is a plain one, all segments run in one kernel. Elsewhere segments whose
+    lengths agree after rounding up (queries to 8, keys to 16) share a call: a call on a CPU costs as much as some five
+    hundred query-key pairs, which is more than the rounding adds.
     """
 
     def __init__(self, tree: SegmentTree, device: torch.device | str = "cpu") -> None:
+        self._tree = tree
+        self._device = device
+        self._masks: dict[tuple[int, int, int, torch.dtype], list[tuple[slice, int, Tensor]]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
+        """Run the kernel, or the buckets one after the other; see `AttentionPlan`."""
+        del layer
+        if _is_plain(weighting) and can_use_varlen(q, k, v):
+            return self._varlen.attend(q, k, v, scale=weighting.scale, window=weighting.window)
+        return self.attend_in_buckets(q, k, v, weighting)
+
+    def attend_in_buckets(self, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
+        """Attend on any device, in any precision and by any formula."""
+        outputs = [self._run(number, q, k, v, weighting) for number in range(len(self._buckets))]
+        return torch.cat(outputs).index_select(0, self._restore)
+
+    @cached_property
+    def _varlen(self) -> VarlenTree:
+        return VarlenTree.of(self._tree, self._device)
+
+    @cached_property
+    def _buckets(self) -> list[_Bucket]:
+        return [bucket for bucket, _ in self._sorted]
+
+    @cached_property
+    def _restore(self) -> Tensor:
+        """int64 [S], where each position of the stream stands in the outputs of all buckets, one after the other."""
+        written = torch.cat([places for _, places in self._sorted])
+        filled = torch.nonzero(written >= 0)[:, 0]
+        return moved(filled[torch.argsort(written[filled])], self._device)
+
+    @cached_property
+    def _sorted(self) -> list[tuple[_Bucket, Tensor]]:
+        """The buckets, each with the stream position of every output row, -1 for a rounding row."""
+        tree = self._tree
         num_q, num_k = tree.cu_seqlens_q.diff(), tree.cu_seqlens_k.diff()
         buckets: dict[tuple[int, int, bool], list[int]] = {}
         for r, (q, k) in enumerate(zip(num_q.tolist(), num_k.tolist(), strict=True)):
             square = q == k
             buckets.setdefault((-(-q // 16) * 16 if square else -(-q // 8) * 8, -(-k // 16) * 16, square), []).append(r)
-        self._buckets: list[_Bucket] = []
-        order: list[Tensor] = []
+        found: list[tuple[_Bucket, Tensor]] = []
         for (wide_q, wide_k, square), members in buckets.items():
             rows = torch.tensor(members)
             queries, real = padded_runs(tree.cu_seqlens_q[rows], num_q[rows], wide_q)
             keys, _ = padded_runs(tree.cu_seqlens_k[rows], num_k[rows], wide_k)
-            order.append(torch.where(real, queries, -1).flatten())
             parts = (queries.flatten(), tree.kv_index[keys.flatten()], num_q[rows], num_k[rows])
-            moved = (part.to(device) for part in parts)
-            self._buckets.append(_Bucket(*moved, shape=(len(members), wide_q, wide_k), square=square))
-        written = torch.cat(order)
-        filled = torch.nonzero(written >= 0)[:, 0]
-        self._restore = filled[torch.argsort(written[filled])].to(device)
-        self._masks: dict[tuple[int, int, int, torch.dtype], list[tuple[slice, int, Tensor]]] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        """Run the buckets one after the other; see `AttentionPlan`."""
-        del layer
-        outputs = [self._run(number, q, k, v, weighting) for number in range(len(self._buckets))]
-        return torch.cat(outputs).index_select(0, self._restore)
+            bucket = _Bucket(
+                *(moved(part, self._device) for part in parts), shape=(len(members), wide_q, wide_k), square=square
+            )
+            found.append((bucket, torch.where(real, queries, -1).flatten()))
+        return found
 
     def _run(self, number: int, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
         """Attend for one bucket: [n*Q, A, D], in the bucket's order, rounding rows included."""

@@ -73,7 +73,8 @@ class CausalLM(StreamModel):
         small.weight = nn.Parameter(torch.linspace(-2, 2, 3 * self.head.in_features).reshape(3, -1).cos())
         trunk, stand_in = copy.copy(self.trunk), copy.copy(self.module)
         trunk.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=cast(Any, hidden))
-        stand_in._modules = {**self.module._modules, names[self.trunk]: trunk, names[self.head]: small}
+        stand_in.__dict__["_modules"] = {**dict(self.module.named_children()), names[self.trunk]: trunk}
+        stand_in.add_module(names[self.head], small)
         with torch.no_grad():
             expected = stand_in(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits[0].float()
             got = replace(self, head=small).logits(hidden[0])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nemo_rl.data.packing import Stream
+from nemo_rl.data.transfer import moved
 from nemo_rl.models.attention import AttentionPlan, TreeAttention, use_plans
 from nemo_rl.models.hidden import Hidden, WholeHidden
 from nemo_rl.models.rows import run_rows
@@ -79,6 +80,11 @@ class StreamModel:
         """Parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
+    @property
+    def vocab_size(self) -> int:
+        """Logits that the language model has, or would have."""
+        return self.module.config.get_text_config().vocab_size
+
     def read(self, stream: Stream, received: Tensor | None = None) -> Hidden:
         """Run the trunk over a micro-batch, wherever its tokens are; arguments as in `stream_hidden`."""
         return self.runner.read(self, stream, received)
@@ -91,11 +97,11 @@ class StreamModel:
             received: [1, S, H] that earlier layers on another rank made of it; None begins with the tokens.
         """
         device = self.device
-        input_ids = stream.input_ids.to(device)
+        input_ids = moved(stream.input_ids, device)
         if not self.takes_plans:
             return run_rows(self.trunk, input_ids, stream.tree)
         plan = TreeAttention(stream.tree, device)
-        return self.hidden(input_ids, stream.position_ids.to(device), plan, received)
+        return self.hidden(input_ids, moved(stream.position_ids, device), plan, received)
 
     def hidden(
         self, input_ids: Tensor, position_ids: Tensor, plan: AttentionPlan, received: Tensor | None = None

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,11 @@ class WeightFiles:
 
     folder: Path
     files: Mapping[str, str]
+
+    @property
+    def names(self) -> Set[str]:
+        """Of the tensors."""
+        return self.files.keys()
 
     @classmethod
     def find(cls, source: str) -> "WeightFiles | None":
@@ -168,7 +173,9 @@ def _materialise(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             owners[id(parameter)].append((part, name))
-    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    # as `Module.to_empty` does, which would take the computed buffers away
+    fill = module._apply  # pyright: ignore[reportPrivateUsage]
+    fill(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     for (first, its_name), *others in owners.values():
         for part, name in others:
             part.register_parameter(name, first.get_parameter(its_name))

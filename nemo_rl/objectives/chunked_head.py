@@ -3,9 +3,13 @@
 Forward it walks over chunks of tokens and keeps one number per token, the log-sum-exp; backward it walks over blocks of
 the vocabulary, where softmax = exp(logit - logsumexp) needs nothing else, so every block of the weight's gradient is
 one complete matrix product (no running sum, hence no loss in bfloat16) and only the small gradient of the hidden states
-is added up, in float32. Of a vocabulary that several ranks share, each walks over its own tokens.
+is added up, in float32. Logits that all fit into the memory of one chunk are kept for the backward pass instead of
+computed again. Of a vocabulary that several ranks share, each walks over its own tokens.
 """
 
+import importlib
+import importlib.util
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -23,7 +27,7 @@ class _Context(Protocol):
     """What the forward pass of the chunked head leaves for its backward pass."""
 
     @property
-    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]: ...
+    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]: ...
     @property
     def needs_input_grad(self) -> tuple[bool, ...]: ...
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
@@ -54,24 +58,42 @@ class ChunkedHead(torch.autograd.Function):
         logprobs = torch.zeros(len(target), dtype=accumulator(dtype), device=hidden.device)
         log_sum = torch.full_like(logprobs, torch.finfo(logprobs.dtype).min)  # of a rank without tokens
         entropy = torch.full_like(logprobs, 0.0 if with_entropy else torch.nan)
+        lowered = torch.zeros_like(logprobs)  # what is kept is less the highest
         matrix, column = weight.to(dtype), target - vocabulary.start
-        num_rows = max(1, chunk_size // _BUFFERS)
+        kernels = _kernels(hidden.device, dtype)
+        cost = dtype.itemsize if kernels is not None else 2 * log_sum.itemsize  # of a logit, where no other is held
+        keeps = any(ctx.needs_input_grad) and len(target) * cost <= chunk_size * log_sum.itemsize
+        kept: Tensor | None = None
+        num_rows = max(1, len(target) if keeps else chunk_size // _BUFFERS)
         for start in range(0, len(target) if len(weight) else 0, num_rows):
             rows = slice(start, start + num_rows)
+            if kernels is not None:
+                kept = _raw_logits(hidden[rows].to(dtype), matrix, bias)
+                kernels.row_statistics(
+                    kept,
+                    _within(column[rows], kept)[:, 0],
+                    temperature,
+                    logprobs=logprobs[rows],
+                    log_sums=log_sum[rows],
+                    entropies=entropy[rows] if with_entropy else None,
+                )
+                continue
             logits = _logits(hidden[rows].to(dtype), matrix, bias, temperature)
             highest = logits.amax(-1, keepdim=True)
             chosen = logits.sub_(highest).gather(-1, _within(column[rows], logits)).squeeze(-1)
-            exponentials = logits.exp() if with_entropy else logits.exp_()
+            exponentials = logits.exp() if with_entropy or keeps else logits.exp_()
             total = exponentials.sum(-1)
             log_total = total.log()
             logprobs[rows] = chosen - log_total
             log_sum[rows] = log_total + highest.squeeze(-1)
             if with_entropy:
-                entropy[rows] = log_total - logits.mul_(exponentials).sum(-1) / total
+                entropy[rows] = log_total - exponentials.mul_(logits).sum(-1) / total
+            if keeps:
+                kept, lowered[rows] = logits, highest.squeeze(-1)
         if vocabulary != UNDIVIDED:
             is_own = (column >= 0) & (column < len(weight))
             logprobs, log_sum, entropy = _combined(logprobs, log_sum, entropy, is_own, vocabulary)
-        ctx.save_for_backward(hidden, weight, bias, target, log_sum)
+        ctx.save_for_backward(hidden, weight, bias, target, log_sum - lowered, kept if keeps else None)
         ctx.temperature, ctx.chunk_size, ctx.dtype, ctx.vocabulary = temperature, chunk_size, dtype, vocabulary
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -81,22 +103,32 @@ class ChunkedHead(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: _Context, grad_logprobs: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, log_sum = ctx.saved_tensors
+        hidden, weight, bias, target, log_sum, kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_rest = ctx.needs_input_grad
         rows = hidden.to(ctx.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         column, scale = target - ctx.vocabulary.start, (grad_logprobs / ctx.temperature)[:, None]
+        kernels = _kernels(hidden.device, ctx.dtype)
         num_columns = max(1, ctx.chunk_size * len(weight) // max(1, _BUFFERS * len(target)))
+        if kept is not None:
+            num_columns = max(1, len(weight))
         with torch.autocast(weight.device.type, enabled=False):
             for start in range(0, len(weight), num_columns):
                 block = slice(start, start + num_columns)
                 matrix = weight[block].to(ctx.dtype)
-                logits = _logits(rows, matrix, None if bias is None else bias[block], ctx.temperature)
-                grad = _grad_logits(logits, column - start, log_sum, scale)
+                part = None if bias is None else bias[block]
+                if kernels is None:
+                    logits = _logits(rows, matrix, part, ctx.temperature) if kept is None else kept
+                    grad = _grad_logits(logits, column - start, log_sum, scale)
+                else:
+                    logits = _raw_logits(rows, matrix, part) if kept is None else kept
+                    grad = kernels.to_logit_gradient(
+                        logits, column, log_sum, scale, ctx.temperature, first_column=start
+                    )
                 if grad_bias is not None:
-                    grad_bias[block] = grad.sum(0)
+                    grad_bias[block] = grad.sum(0, dtype=log_sum.dtype)
                 grad = grad.to(ctx.dtype)
                 if grad_hidden is not None:
                     grad_hidden += grad @ matrix
@@ -137,9 +169,19 @@ def _within(column: Tensor, logits: Tensor) -> Tensor:
 
 def _logits(rows: Tensor, matrix: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Compute the logits [m, v] of rows [m, H] for matrix [v, H]: a fresh tensor that may be overwritten."""
-    logits = F.linear(rows, matrix, None if bias is None else bias.to(matrix.dtype))
-    logits = logits.to(accumulator(matrix.dtype))
+    logits = _raw_logits(rows, matrix, bias).to(accumulator(matrix.dtype))
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _raw_logits(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(rows, matrix, None if bias is None else bias.to(matrix.dtype))
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """`objectives.softmax_kernels` where it runs: on a GPU, if Triton is installed."""
+    if device.type != "cuda" or dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("nemo_rl.objectives.softmax_kernels")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

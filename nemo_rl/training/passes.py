@@ -1,6 +1,7 @@
 """Passes through the model: one micro-batch after the other, or several at once in the stages of a pipeline."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,11 +20,13 @@ class Pass:
         stream: as the model sees it.
         finish: from the last hidden states to what is asked for: the loss [] in training.
         trunk_learns: whether gradients flow through the hidden states.
+        within: what the layers are run in.
     """
 
     stream: Stream
     finish: Callable[[Hidden], Any]
     trunk_learns: bool = True
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Passes(Protocol):
@@ -74,7 +77,8 @@ class InOrder:
 
     def _run(self, one: Pass) -> Any:
         def run() -> Any:
-            with arithmetic(self.model, self.autocast), torch.set_grad_enabled(one.trunk_learns and grad):
+            learns = torch.set_grad_enabled(one.trunk_learns and grad)
+            with arithmetic(self.model, self.autocast), learns, one.within():
                 hidden = self.model.read(one.stream)
             return one.finish(hidden)
 

@@ -6,6 +6,7 @@ is cut into micro-batches changes nothing but the memory it takes.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from nemo_rl.data.batch import TokenBatch
 from nemo_rl.data.cost import useful_tokens
 from nemo_rl.data.micro_batches import cut, padding_micro_batch
 from nemo_rl.data.packing import Stream, build_stream
+from nemo_rl.data.transfer import moved
 from nemo_rl.errors import BackendError, DataError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics, Sum, merge
@@ -29,6 +31,7 @@ from nemo_rl.objectives.logprobs import LogitHead, Reads, TokenHead, TokenOutput
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.objectives.value import ScalarOutputs
 from nemo_rl.training.passes import InOrder, Pass, Passes, arithmetic
+from nemo_rl.training.pytorch.routing import Balance, ExpertCounts, RouterWatch, update_biases
 
 type Outputs = TokenOutputs | DistributionOutputs | ScalarOutputs
 
@@ -129,15 +132,15 @@ class Scorer:
             truncation=self.truncation,
             with_entropy=with_entropy,
         )
-        # equal answers ask for the same predictions: each goes through the head once
-        pairs, place = torch.stack([stream.predictor, stream.target]).unique(dim=1, return_inverse=True)
-        predictor, target = pairs
+        predictor, target, place = _distinct(stream)
         weight, bias = model.head_rows()
         logprobs, entropy = hidden.scores(predictor, target, partial(_score, head, weight, bias))
-        place = place.to(self.device)
+        if place is not None:
+            place = moved(place, self.device)
+            logprobs, entropy = logprobs[place], entropy[place]
         critic = model.value_head if with_entropy else None
         values = None if critic is None else scalar_values(critic, hidden.rows(stream.predictor))
-        return TokenOutputs(logprobs[place], entropy[place], values)
+        return TokenOutputs(logprobs, entropy, values)
 
     def _logits(self, model: CausalLM) -> Callable[[Tensor], Tensor]:
         """The LM head as an objective calls it, outside of `score`."""
@@ -159,8 +162,26 @@ class Scorer:
         return arithmetic(self.model, self.autocast)
 
 
+def _distinct(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Predictor and target of the predictions that are asked for, and which of them each of the M is.
+
+    Equal answers ask for the same ones, and each goes through the head once; None if they are all different.
+    """
+    if (stream.predictor.diff() > 0).all():
+        return stream.predictor, stream.target, None
+    num_targets = int(stream.target.max()) + 1
+    pairs, place = (stream.predictor * num_targets + stream.target).unique(return_inverse=True)
+    return pairs // num_targets, pairs % num_targets, place
+
+
 def train_step(
-    scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int, update: Callable[[], Metrics]
+    scorer: Scorer,
+    batch: TokenBatch,
+    objective: Objective,
+    *,
+    max_tokens: int,
+    update: Callable[[], Metrics],
+    balance: Balance | None = None,
 ) -> Metrics:
     """Add up the gradients of all micro-batches, then call `update` (clip, step, schedule) once.
 
@@ -170,41 +191,55 @@ def train_step(
         objective: gives every loss token's loss.
         max_tokens: budget of a micro-batch in computed tokens.
         update: applies the accumulated gradients and returns its own metrics.
+        balance: how the experts of a mixture are kept equally busy (see `Balance.check`), or None.
 
     Returns:
         The objective's metrics, `update`'s, `loss`, the tokens given, with loss and computed, and how well they were
         packed: `packing_fill`, computed tokens per token of budget, and `tokens_computed_per_token`, computed tokens
-        per token that must enter the model.
+        per token that must enter the model. Of a mixture of experts also what a `RouterWatch` tells.
 
     Raises:
         DataError: no token of the batch, or of any rank's that `scorer.agree` speaks for, carries loss.
         BackendError: the loss is not finite; no weight has changed then.
     """
+    counts = None if balance is None else balance.total(_count_experts(scorer, batch, objective, max_tokens))
+    watch = RouterWatch(scorer.model.module, balance.coefficient if balance else 0.0, counts)
     parts: list[Metrics] = []
+    losses: list[Tensor] = []
 
     def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> Tensor:
         loss, metrics = _loss(scorer, micro_batch, objective, stream, hidden)
-        if not math.isfinite(metrics["loss"].value):
-            raise BackendError(
-                f"the loss is {metrics['loss'].value}; lower the learning rate or look at the rollouts of this step"
-            )
         if counts:
+            losses.append(loss.detach())
             parts.append(metrics)
         return loss
 
-    if not scorer.passes.train(_passes(scorer, batch, objective, max_tokens, finish)):
+    if not scorer.passes.train(_passes(scorer, batch, objective, max_tokens, finish, watch)):
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
-    return merge([*parts, update(), _packed(parts, batch, max_tokens, scorer.min_shared)])
+    loss = _sum(losses)
+    if not math.isfinite(loss.value):
+        raise BackendError(f"the loss is {loss.value}; lower the learning rate or look at the rollouts of this step")
+    updated = update()
+    if balance is not None and counts is not None and balance.bias_rate:
+        update_biases(scorer.model.module, counts, balance.bias_rate)
+    packed = _packed(parts, batch, max_tokens, scorer.min_shared)
+    return merge([*parts, *watch.metrics, updated, {"loss": loss}, packed])
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:
     """The objective's metrics and the loss of a batch, cut as in training; no gradient."""
 
-    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> tuple[Metrics, bool]:
-        return _loss(scorer, micro_batch, objective, stream, hidden)[1], counts
+    def finish(micro_batch: TokenBatch, counts: bool, stream: Stream, hidden: Hidden) -> tuple[Tensor, Metrics] | None:
+        loss, metrics = _loss(scorer, micro_batch, objective, stream, hidden)
+        return (loss, metrics) if counts else None
 
-    run = scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish))
-    return merge(metrics for metrics, counts in run if counts)
+    run = [found for found in scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish)) if found]
+    return merge([*(metrics for _, metrics in run), {"loss": _sum([loss for loss, _ in run])}])
+
+
+def _sum(losses: list[Tensor]) -> Sum:
+    """Add up the losses of the micro-batches, in one transfer from the device: each would have to wait for it."""
+    return Sum(sum(torch.stack(losses).tolist())) if losses else Sum(0.0)
 
 
 def _passes(
@@ -212,23 +247,37 @@ def _passes(
     batch: TokenBatch,
     objective: Objective,
     max_tokens: int,
-    finish: Callable[[TokenBatch, bool, Stream, Tensor], Any],
+    finish: Callable[[TokenBatch, bool, Stream, Hidden], Any],
+    watch: RouterWatch | ExpertCounts | None = None,
 ) -> Iterator[Pass]:
     for micro_batch, counts in scorer.cut(batch, max_tokens):
         stream = scorer.stream(micro_batch)
-        yield Pass(stream, partial(finish, micro_batch, counts, stream), objective.reads != "head_values")
+        within = nullcontext
+        if watch is not None and scorer.model.takes_plans:  # on padded rows, routers see padding too
+            within = partial(watch.over, stream.predictor, counts)
+        yield Pass(stream, partial(finish, micro_batch, counts, stream), objective.reads != "head_values", within)
+
+
+def _count_experts(scorer: Scorer, batch: TokenBatch, objective: Objective, max_tokens: int) -> Tensor:
+    """How often the predictions of the batch choose each expert of each layer here: int64 [layers, E]."""
+
+    def finish(*_: object) -> None: ...
+
+    counts = ExpertCounts(scorer.model.module)
+    for _ in scorer.passes.score(_passes(scorer, batch, objective, max_tokens, finish, counts)):
+        pass
+    return counts.stacked()
 
 
 def _loss(
     scorer: Scorer, micro_batch: TokenBatch, objective: Objective, stream: Stream, hidden: Hidden
 ) -> tuple[Tensor, Metrics]:
-    """The loss of a micro-batch, a part of that of the batch, and its metrics."""
+    """The loss of a micro-batch, a part of that of the batch, and its metrics but for the loss."""
     outputs = scorer.outputs(hidden, stream, objective.reads)
     tokens = micro_batch.at(stream.token_index).to(scorer.device)
     token_loss, metrics = objective(outputs, tokens)
     loss = (tokens.token_columns["loss_weights"] * token_loss).sum()
     counted: Metrics = {
-        "loss": Sum(loss.item()),
         "tokens_computed": Sum(len(stream.input_ids)),
         "loss_tokens": Sum(len(stream.target)),
         "micro_batches": Sum(1),
@@ -252,10 +301,14 @@ def score_tokens(
 ) -> Tensor:
     """Log-probabilities or values, float32 [N], of the tokens that carry loss, 0 elsewhere; no gradient."""
     scores = torch.zeros(batch.num_tokens)
+    found: list[Tensor] = []  # fetched at the end: the device never waits for the host
+    places: list[Tensor] = []
     for outputs, where in read_tokens(scorer, batch, reads, max_tokens=max_tokens):
         assert not isinstance(outputs, DistributionOutputs)  # not what was asked for
-        found = outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs
-        scores[where] = found.cpu()
+        found.append(outputs.values if isinstance(outputs, ScalarOutputs) else outputs.policy_logprobs)
+        places.append(where)
+    if found:
+        scores[torch.cat(places)] = torch.cat(found).float().cpu()
     return scores
 
 

@@ -50,11 +50,10 @@ class PolicyWorker(TrainWorker):
 
     def _sampled_model(self, source: str) -> CausalLM:
         """The model that is trained, or a copy of it where each rank holds a part alone."""
-        model = self._backend.model
-        assert isinstance(model, CausalLM)
         if self._mesh is None:
-            return model
-        module, _ = load_causal_lm(source, dtype=self._backend.precision.weights, device=model.device)
+            assert isinstance(self._backend.model, CausalLM)
+            return self._backend.model
+        module, _ = load_causal_lm(source, dtype=self._backend.precision.weights, device=self._mesh.device)
         return CausalLM.wrap(module.eval().requires_grad_(False))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:

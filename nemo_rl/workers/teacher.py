@@ -44,7 +44,7 @@ class TeacherWorker:
         self._scorer = Scorer(
             self._model,
             temperature=temperature,
-            chunk_size=config.logprob_chunk_size,
+            chunk_size=config.head_rows(self._model.vocab_size, on_gpu=device.type == "cuda"),
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,

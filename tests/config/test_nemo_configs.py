@@ -211,7 +211,6 @@ def test_eval_is_translated_with_its_report() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("policy.dtensor_cfg.lora_cfg.enabled=true", "this version trains all weights: set enabled to false"),
         ("policy.megatron_cfg.enabled=true", "set enabled to false and give policy.optimizer and scheduler"),
         ("grpo.async_grpo.enabled=true", "sampling and training take turns: set enabled to false"),
         ("grpo.batch_multiplier=2", "without dynamic sampling as many prompts are sampled as are trained on"),
@@ -279,8 +278,8 @@ def test_a_teacher_is_computed_in_one_process_wherever_nemo_rl_spreads_it(tmp_pa
 
 
 def test_several_problems_are_told_together() -> None:
-    message = error_of(FILES / "grpo_v03.yaml", "policy.dtensor_cfg.lora_cfg.enabled=true", "grpo.nonsense=1")
-    assert "lora_cfg.enabled = True" in message
+    message = error_of(FILES / "grpo_v03.yaml", "policy.megatron_cfg.enabled=true", "grpo.nonsense=1")
+    assert "megatron_cfg.enabled = True" in message
     assert "unknown key grpo.nonsense" in message
 
 

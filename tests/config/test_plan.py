@@ -111,7 +111,8 @@ def test_the_plan_is_what_the_micro_batches_of_a_step_come_to(
 def test_memory_follows_precision_and_optimizer() -> None:
     shape = ModelShape(8, 1, 8, 2, 1, 4, 10)
     count = shape.parameters
-    pure = memory_bytes(load("policy.precision=bfloat16"), shape)
+    chunk = "policy.logprob_chunk_size=256"
+    pure = memory_bytes(load("policy.precision=bfloat16", chunk), shape)
     assert [pure[part] for part in ("weights", "master weights", "gradients", "optimizer moments")] == [
         2 * count,
         4 * count,
@@ -121,7 +122,8 @@ def test_memory_follows_precision_and_optimizer() -> None:
     plain = memory_bytes(load("policy.precision=float32", "policy.optimizer.name=torch.optim.SGD"), shape)
     assert plain["weights"] == 4 * count
     assert not {"master weights", "optimizer moments", "reference weights"} & plain.keys()
-    assert memory_bytes(load("cluster.gpus_per_node=1"), shape) == pure  # `auto` on a GPU
+    on_gpu = memory_bytes(load("cluster.gpus_per_node=1", chunk), shape)
+    assert on_gpu == pure  # `auto` on a GPU
     assert memory_bytes(load(), shape) == memory_bytes(load("policy.precision=float32"), shape)
     with_reference = memory_bytes(load("loss_fn.reference_policy_kl_penalty=0.1"), shape)
     assert with_reference["reference weights"] == with_reference["weights"]
@@ -141,6 +143,26 @@ def test_memory_is_that_of_one_rank_and_the_placement_names_them() -> None:
     assert part["activations"] == one["activations"] // 2
     assert part["weights of the sampler"] == one["weights"]
     assert part["KV cache"] < one["KV cache"]
+
+
+def test_adapters_alone_are_trained_in_memory() -> None:
+    shape = ModelShape(8, 1, 16, 2, 1, 4, 10)
+    linears = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16
+    adapters = 3 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16))
+    assert shape.linear_parameters == linears
+
+    def parts(lora: str) -> dict[str, int]:
+        reference = "loss_fn.reference_policy_kl_penalty=0.1"
+        setting = f"policy.dtensor_cfg.lora_cfg={{enabled: true, dim: 3, {lora}}}"
+        return memory_bytes(load("policy.precision=bfloat16", reference, setting), shape)
+
+    whole = parts("alpha: 6")
+    assert whole["weights"] == 2 * shape.parameters and "master weights" not in whole
+    assert whole["adapters"] == whole["gradients"] == whole["reference weights"] == 4 * adapters
+    assert whole["optimizer moments"] == 8 * adapters
+    assert parts("target_modules: [q_proj, down_proj]")["gradients"] == 4 * 3 * (16 + 24)
+    assert parts("quantize: nf4")["weights"] == 2 * (shape.parameters - linears) + linears // 2
+    assert parts("quantize: int8")["weights"] == 2 * (shape.parameters - linears) + linears
 
 
 def test_an_unknown_model_has_a_plan_without_memory(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ COMMANDS = ("sft", "dpo", "eval", "rm", "ppo", "distillation", "off_policy_disti
 PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo")
 FAMILY = [
     *("grpo", "dapo", "drgrpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gdpo"),
+    "grpo_lora",
 ]
 
 

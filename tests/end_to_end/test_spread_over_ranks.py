@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny_ppo  # pyright: ignore[reportImplicitRelativeImport]
+from tiny_letters import make_letters_model  # pyright: ignore[reportImplicitRelativeImport]
 from tiny_run import launch, overrides, records, reward_file, saved_tensors  # pyright: ignore[reportImplicitRelativeImport]
 
 SETTINGS = (
@@ -15,6 +17,7 @@ SETTINGS = (
     "loss_fn.reference_policy_kl_penalty=0.1",
     "checkpointing.save_period=2",
 )
+SHORT = (*SETTINGS, "grpo.max_num_steps=2", "checkpointing.enabled=false")
 TWO = "cluster.ranks_per_node=2"
 SAME = ("train/loss", "train/reward/mean", "train/grad_norm", "train/reference_kl", "train/tokens", "train/loss_tokens")
 
@@ -34,6 +37,8 @@ def test_two_ranks_do_what_one_process_does_and_it_goes_on_where_they_stopped(ti
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     launch(overrides(tiny_llama, reward, two, *SETTINGS, TWO, "grpo.max_num_steps=2"))
     assert len(records(two)) == 2
+    shards = sorted(path.name for path in (two / "step_2" / "policy" / "weights").glob("*.distcp"))
+    assert [name.split("_")[2] for name in shards] == ["0", "1"]  # each rank wrote its own
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     assert all("multiprocessing" in " ".join(child.cmdline()) for child in left), left
     assert launch(overrides(tiny_llama, reward, two, *SETTINGS)).step == 3
@@ -43,10 +48,39 @@ def test_two_ranks_do_what_one_process_does_and_it_goes_on_where_they_stopped(ti
     assert_close(saved_tensors(one, 3), saved_tensors(two, 3))
 
 
-def test_ranks_under_ray_do_what_one_process_does(tiny_llama: Path, tmp_path: Path) -> None:
-    reward, short = reward_file(tmp_path), (*SETTINGS, "grpo.max_num_steps=1", "checkpointing.enabled=false")
-    launch(overrides(tiny_llama, reward, tmp_path / "one", *short))
-    ray = ("cluster.executor=ray", "cluster.startup_timeout_seconds=250", TWO)
-    launch(overrides(tiny_llama, reward, tmp_path / "two", *short, *ray))
-    (one,), (two,) = records(tmp_path / "one"), records(tmp_path / "two")
-    assert [two[name] for name in SAME] == pytest.approx([one[name] for name in SAME], rel=1e-4, abs=1e-7)
+@pytest.fixture(scope="module")
+def alone(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | None]]:
+    """The records of two steps in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch(overrides(tiny_llama, reward_file(folder), folder / "run", *SHORT))
+    return records(folder / "run")
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+def test_the_second_step_is_sampled_with_what_two_ranks_have_learnt(
+    axis: str, alone: list[dict[str, float | None]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    spread = f"policy.dtensor_cfg.{axis}_parallel_size=2"
+    launch(overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *SHORT, TWO, spread))
+    for found, known in zip(records(tmp_path / "run"), alone, strict=True):
+        assert [found[name] for name in SAME] == pytest.approx([known[name] for name in SAME], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_a_critic_is_spread_like_the_policy(kind: str, tmp_path: Path) -> None:
+    model, reward = make_letters_model(tmp_path / "letters"), reward_file(tmp_path)
+    settings = (f"value.kind={kind}", "ppo.max_num_steps=2", "checkpointing.enabled=false")
+    for name, more in (("one", ()), ("two", (TWO,))):
+        tiny_ppo.launch(tiny_ppo.ppo_overrides(model, reward, tmp_path / name, *settings, *more))
+    for found, known in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
+        for figure in ("train/loss", "train/value_loss", "train/reward/mean", "train/grad_norm", "train/returns/mean"):
+            assert found[figure] == pytest.approx(known[figure], rel=1e-4, abs=1e-6), figure
+
+
+def test_ranks_under_ray_do_what_one_process_does(
+    alone: list[dict[str, float | None]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    ray = ("cluster.executor=ray", "cluster.startup_timeout_seconds=250", TWO, "grpo.max_num_steps=1")
+    launch(overrides(tiny_llama, reward_file(tmp_path), tmp_path / "run", *SHORT, *ray))
+    (found,) = records(tmp_path / "run")
+    assert [found[name] for name in SAME] == pytest.approx([alone[0][name] for name in SAME], rel=1e-4, abs=1e-7)

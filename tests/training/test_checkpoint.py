@@ -206,7 +206,7 @@ def test_an_export_loads_in_plain_transformers_and_says_its_dtype(
     masters = MasterWeights(model)
     for weight in masters.parameters:
         weight.data.mul_(1.001)
-    export_hf(model, tokenizer, tmp_path, dtype, masters.named)
+    export_hf(model, tokenizer, tmp_path, dtype, masters.named.items())
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == dtype

@@ -78,6 +78,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=TOKENS).logits
 
 
+def load_with_report(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return loaded
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "llama", tie_word_embeddings=True, **MODEL)
@@ -124,7 +129,7 @@ def test_the_command_of_nemo_rl_writes_model_tokenizer_and_configurations(
         AutoTokenizer.from_pretrained(out).chat_template
         == AutoTokenizer.from_pretrained(embedded_folder()).chat_template
     )
-    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    model, report = load_with_report(out)
     assert not any(report.values()) and model.dtype == torch.bfloat16
     expected = moved(AutoModelForCausalLM.from_pretrained(source))
     for name, weight in model.named_parameters():
@@ -149,7 +154,7 @@ def test_of_a_policy_with_a_critic_the_policy_is_written_and_a_reward_model_is_a
         assert torch.equal(model.get_input_embeddings().weight, weight.float() * 1.5 + 0.01)
     else:
         assert kind == "AutoModelForCausalLM"
-        model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+        model, report = load_with_report(tmp_path / "hf")
         assert not any(report.values())
         assert torch.equal(logits(model), logits(moved(AutoModelForCausalLM.from_pretrained(source))))
 
@@ -158,7 +163,7 @@ def test_a_model_whose_files_hold_other_tensors_is_written_as_transformers_does(
     source = write_model(tmp_path / "source", "deepseek_v3")
     save_moved(0, source, tmp_path / "step_1", ParallelSizes())
     convert_checkpoint(tmp_path / "step_1", tmp_path / "hf", dtype="float32", max_bytes=50_000)
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, report = load_with_report(tmp_path / "hf")
     assert not any(report.values()) and len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     assert torch.equal(logits(model), logits(moved(AutoModelForCausalLM.from_pretrained(source))))
 

@@ -1,6 +1,7 @@
 """A worker that scores by arithmetic, so that a test can tell which rank was given what."""
 
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,3 +75,9 @@ class PlainRank:
         if self._mesh.rank == rank:
             raise BackendError("the gradient norm is nan")
         time.sleep(seconds)
+
+    def die(self, rank: int) -> int:
+        """One rank is killed while the other waits for it."""
+        if self._mesh.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._mesh.most(0)

@@ -1,6 +1,7 @@
 """The ranks of a model answer like one worker: what is dealt comes back joined, and a failure names its rank."""
 
 import asyncio
+import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from nemo_rl.data.cost import ComputeCost
 from nemo_rl.data.types import GenerationRequest, SamplingParams
 from nemo_rl.distributed.local import LocalExecutor
 from nemo_rl.distributed.mesh import ParallelSizes
-from nemo_rl.errors import BackendError, WorkerError
+from nemo_rl.errors import BackendError, WorkerDiedError, WorkerError
 from nemo_rl.interfaces import Resources
 from nemo_rl.metrics import scalars
 from nemo_rl.workers.generation import GenerationWorker
@@ -123,6 +124,16 @@ def test_one_rank_speaks_for_those_that_share_its_data() -> None:
             worker.call("describe")
         with pytest.raises(WorkerError, match="was stopped"):
             worker.call("describe")
+
+
+def test_the_death_of_a_rank_is_told_and_not_that_others_miss_it() -> None:
+    with ranks(ParallelSizes(shard=2)) as worker:
+        begun = time.monotonic()
+        with pytest.raises(WorkerDiedError, match=r"PlainRank\[1\] died during `die`: .* ended by SIGKILL"):
+            worker.call("die", 1).result(60)
+        assert time.monotonic() - begun < 10
+        with pytest.raises(WorkerError):
+            Policy(worker).describe()
 
 
 def test_what_is_sampled_does_not_depend_on_the_number_of_ranks(tiny_llama: Path) -> None:

@@ -22,6 +22,7 @@ _ONE_PROCESS = "this model is not trained, and one process computes with it"
 _ONE_ENGINE = "this version splits the engine by tensor_parallel_size alone: set it to 1"
 _ON_DEVICE = "parameters stay on the device: lower train_mb_tokens if memory is short"
 _KEPT = "activations are kept: lower train_mb_tokens if memory is short"
+_HEAD_IS_KEPT = "every linear layer gets an adapter but the head, which keeps its weights here"
 _JAGGED = "no sequence is padded here, so there is no length to round"
 _PASS_THROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -49,6 +50,8 @@ def policy_keys(root: str) -> Table:
         ),
     }
     keys |= _tokenizer_keys(f"{root}.tokenizer", "tokenizer")
+    all_linear = f"{root}.dtensor_cfg.lora_cfg.match_all_linear"
+    keys["dtensor_cfg.lora_cfg.match_all_linear"] = Only((False,), Set({all_linear: True}, note=_HEAD_IS_KEPT))
     keys |= _spread(root) | _dynamic_batching(root) | _sequence_packing(root)
     own = {f"{root}.{name}": action for name, action in keys.items()}
     return {**own, **generation_keys(f"{root}.generation", root)}
@@ -83,7 +86,8 @@ _DTENSOR: dict[str, Action] = {
         "clear_cache_every_n_steps": Only((None,), Ignore("the allocator's cache is left alone")),
         "env_vars": Only((None, {}), Ignore("set environment variables before the command")),
         "automodel_kwargs": Only((None, {}), Ignore("models are those of Transformers")),
-        "lora_cfg": Off(Refuse("this version trains all weights: set enabled to false")),
+        "lora_cfg": Off(),
+        "lora_cfg.use_triton": Only((False,), Ignore("adapters are plain matrix products, which changes no result")),
     }.items()
 }
 _SIZES = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")

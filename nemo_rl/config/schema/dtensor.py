@@ -1,10 +1,11 @@
-"""Section `policy.dtensor_cfg`: over which ranks PyTorch spreads a model."""
+"""Section `policy.dtensor_cfg`: over which ranks PyTorch spreads a model, and which part of it is trained."""
 
 from typing import Literal, Self
 
 from pydantic import model_validator
 
 from nemo_rl.config.schema.base import PositiveInt, Section, conflict
+from nemo_rl.config.schema.lora import LoRAConfig
 
 type ContextKind = Literal["allgather", "ulysses"]
 
@@ -47,6 +48,9 @@ class DTensorConfig(Section):
     `model.layers.*.self_attn.q_proj: colwise`, or the import path of such a mapping or of a function of the model that
     makes one; None takes the plan of the model's own code."""
 
+    lora_cfg: LoRAConfig = LoRAConfig()
+    """Adapters of low rank that are trained instead of the weights."""
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if self.sequence_parallel and self.tensor_parallel_size == 1:
@@ -54,6 +58,17 @@ class DTensorConfig(Section):
                 "sequence_parallel divides tokens among tensor-parallel ranks: raise tensor_parallel_size or set it to"
                 " false",
                 "sequence_parallel",
+            )
+        sizes = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+        }
+        if self.lora_cfg.enabled and (name := next((name for name, size in sizes.items() if size > 1), None)):
+            raise conflict(
+                f"adapters are neither divided nor staged: set {name} to 1 (all ranks then share data and weights) or"
+                " lora_cfg.enabled to false",
+                name,
+                "lora_cfg.enabled",
             )
         single, per_rank = self.pipeline_schedule in ("GPipe", "1F1B"), self.pipeline_stages_per_rank
         if self.pipeline_parallel_size > 1 and (single != (per_rank == 1)):

@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 from nemo_rl.config.schema.base import PositiveFloat, PositiveInt, Section, conflict
 from nemo_rl.config.schema.dtensor import DTensorConfig
 from nemo_rl.config.schema.generation import GenerationSpec
+from nemo_rl.config.schema.moe import MoEConfig
 
 
 class TokenizerConfig(Section):
@@ -103,14 +104,19 @@ class ModelConfig(Section):
     sequence_packing: SequencePackingConfig = SequencePackingConfig()
     """How sequences are put together in micro-batches."""
 
-    logprob_chunk_size: PositiveInt = 256
-    """Tokens whose logits are held at a time in the language-model head."""
+    logprob_chunk_size: PositiveInt | None = None
+    """Tokens whose logits are held at a time in the language-model head; None is as many as 64 MiB (GPU: 2 GiB)
+    hold, at least 256."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; `auto` is the GPU when there is one."""
 
     num_threads: PositiveInt | None = None
     """CPU threads of the model's arithmetic, which its ranks on a node divide; None is PyTorch's own choice."""
+
+    def head_rows(self, vocab_size: int, *, on_gpu: bool) -> int:
+        """Tokens whose logits the head holds at a time, `logprob_chunk_size` or its default."""
+        return self.logprob_chunk_size or max(256, (2**31 if on_gpu else 2**26) // (4 * vocab_size))
 
 
 class TrainedPolicyConfig(ModelConfig):
@@ -126,6 +132,10 @@ class TrainedPolicyConfig(ModelConfig):
     max_total_sequence_length: PositiveInt
     """Longest sequence in tokens, prompt and answer together."""
 
+    compile: bool = False
+    """Compile the model's layers with `torch.compile`, which takes a minute at the first step and saves a fifth of the
+    later ones on a GPU."""
+
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the gradient to this norm; None never clips."""
 
@@ -136,7 +146,10 @@ class TrainedPolicyConfig(ModelConfig):
     """A chain of schedulers with one `milestones` entry, or a single scheduler; empty keeps the learning rate."""
 
     dtensor_cfg: DTensorConfig = DTensorConfig()
-    """How the model is spread over several ranks."""
+    """How the model is spread over several ranks, and which part of it is trained."""
+
+    moe: MoEConfig = MoEConfig()
+    """How a mixture of experts is trained; a dense model ignores it."""
 
     @model_validator(mode="after")
     def _chain_is_whole(self) -> Self:

@@ -92,6 +92,11 @@ class DPOConfig(ExampleRunConfig):
         """The section `dpo`."""
         return self.dpo
 
+    @property
+    def compares_policies(self) -> bool:
+        """Whether the loss has a reference."""
+        return self.dpo.needs_reference
+
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
         if self.dpo.preference_loss != "kto":

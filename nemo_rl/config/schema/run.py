@@ -103,6 +103,21 @@ class RunConfig(CommandConfig):
         """Models that are computed with, in turns, each in a worker of its own."""
         return 1
 
+    @property
+    def compares_policies(self) -> bool:
+        """Whether probabilities under the trained weights are compared with those under others."""
+        return False
+
+    @model_validator(mode="after")
+    def _policies_compare(self) -> Self:
+        if self.compares_policies and self.policy.dtensor_cfg.lora_cfg.dropout:
+            raise conflict(
+                f"{self.algorithm} compares probabilities under two sets of weights, which dropout would change at"
+                " random: set policy.dtensor_cfg.lora_cfg.dropout to 0",
+                "policy.dtensor_cfg.lora_cfg.dropout",
+            )
+        return self
+
     @model_validator(mode="after")
     def _device_is_there(self) -> Self:
         if self.policy.device == "cuda" and self.cluster.executor == "ray" and self.cluster.gpus_per_node == 0:

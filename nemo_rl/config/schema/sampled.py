@@ -50,6 +50,11 @@ class SampledRunConfig(RunConfig):
         """The algorithm's own section."""
 
     @property
+    def compares_policies(self) -> bool:
+        """An answer is trained on under other weights than it was sampled from."""
+        return True
+
+    @property
     def num_rollouts_per_step(self) -> int:
         """Answers sampled in one step."""
         return self.loop.num_prompts_per_step * self.loop.num_generations_per_prompt

@@ -2,24 +2,27 @@
 
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nemo_rl.config.schema.moe import MoEConfig
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.mesh import Mesh
-from nemo_rl.errors import BackendError
+from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
-from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
+from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.compiled import compile_layers
 from nemo_rl.models.load import (
     SCORE,
     empty_model,
@@ -28,14 +31,18 @@ from nemo_rl.models.load import (
     load_scalar_model,
     model_identity,
 )
+from nemo_rl.models.lora import Adapters, add_adapters, whole_weights
+from nemo_rl.models.peft_format import adapter_config, adapter_weights, load_adapter, save_adapter
 from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.models.weight_files import WeightFiles, named_tensors
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
 from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state
+from nemo_rl.training.pytorch.experts import shard_experts
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
 from nemo_rl.training.pytorch.parallelize import parallelize
+from nemo_rl.training.pytorch.routing import Balance, selection_biases, use_float32_routers
 from nemo_rl.training.pytorch.saving import Saver
 from nemo_rl.training.pytorch.spread import Alone, Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
@@ -75,27 +82,49 @@ type Head = Literal["language", "language_and_value", "scalar"]
 
 def _load(
     config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None
-) -> tuple[CausalLM | ScalarModel, Spread]:
+) -> tuple[CausalLM | ScalarModel, Adapters | None, Spread]:
     """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
     device = choose_device(config.device) if mesh is None else mesh.device
-    precision = precision_of(config.precision, device)
+    precision, lora = precision_of(config.precision, device), config.dtensor_cfg.lora_cfg
+    if mesh is not None and lora.quantize != "none":
+        raise ConfigError("compressed weights are not spread: set lora_cfg.quantize to none, or train in one process")
+    # sharded weights that are trained are their own masters
+    is_master = mesh is not None and mesh.sizes.pipeline < mesh.sizes.world_size and not lora.enabled
+    held = torch.float32 if is_master else precision.weights
+    to_fill = None if mesh is None or lora.enabled else _empty(source, head, tokenizer, held, mesh)
+    if to_fill is None:
+        model, adapters = _load_whole(config, source, head, tokenizer, device, held)
+    else:
+        model, adapters = _with_head(to_fill[0], head), None
+    if balance := _balance(config.moe, mesh):
+        balance.check(model.module, model.takes_plans)
+    if config.moe.float32_routers:
+        use_float32_routers(model.module)
     if mesh is None:
-        return _load_whole(config, source, head, tokenizer, device, precision.weights), Alone()
-    shards = mesh.sizes.pipeline < mesh.sizes.world_size  # sharded weights are their own masters
-    dtype = torch.float32 if shards else precision.weights
-    files, pad = WeightFiles.find(source), cast("int | None", tokenizer.pad_token_id)
-    empty = empty_model(source, dtype=dtype, is_scalar=head == "scalar", pad_token_id=pad if head == "scalar" else None)
-    names = named_tensors(empty).keys() - {SCORE}
-    if mesh.most(int(files is None or not is_stored_as_it_is(empty) or not names <= files.files.keys())):
-        _log.info(
-            "%s is loaded whole by every rank: its files, if they are here, hold other tensors than it has", source
-        )
-        model = _load_whole(config, source, head, tokenizer, device, dtype)
-        return parallelize(model, mesh, config.dtensor_cfg, precision)
-    assert files is not None
-    model, spread = parallelize(_with_head(empty, head), mesh, config.dtensor_cfg, precision)
-    files.fill(model.module, device)
-    return model, spread
+        shard_experts(model.module)
+        return model, adapters, Alone()
+    model, spread = parallelize(model, mesh, config.dtensor_cfg, precision)
+    if to_fill is not None:
+        to_fill[1].fill(model.module, device)
+    return model, adapters, spread
+
+
+def _empty(
+    source: str, head: Head, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, mesh: Mesh
+) -> tuple[PreTrainedModel, WeightFiles] | None:
+    """The model without weights, and the files out of which every rank can read its part.
+
+    None if files are not on every rank's machine, or hold other tensors than the model has.
+    """
+    padding = cast("int | None", tokenizer.pad_token_id) if head == "scalar" else None
+    model = empty_model(source, dtype=dtype, is_scalar=head == "scalar", pad_token_id=padding)
+    files = WeightFiles.find(source)
+    if files is not None and not (is_stored_as_it_is(model) and named_tensors(model).keys() - {SCORE} <= files.names):
+        files = None
+    if mesh.most(int(files is None)) or files is None:
+        _log.info("%s is loaded whole by every rank: no files that hold the model's own tensors are here", source)
+        return None
+    return model, files
 
 
 def _load_whole(
@@ -105,14 +134,18 @@ def _load_whole(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     dtype: torch.dtype,
-) -> CausalLM | ScalarModel:
+) -> tuple[CausalLM | ScalarModel, Adapters | None]:
+    lora = config.dtensor_cfg.lora_cfg
+    place = device if lora.quantize == "none" else torch.device("cpu")  # until it is small enough
     if head == "scalar":
-        module, _ = load_scalar_model(
-            source, dtype=dtype, device=device, pad_token_id=cast("int | None", tokenizer.pad_token_id)
-        )
+        padding = cast("int | None", tokenizer.pad_token_id)
+        module, _ = load_scalar_model(source, dtype=dtype, device=place, pad_token_id=padding)
     else:
-        module, _ = load_causal_lm(source, dtype=dtype, device=device)
-    return _with_head(module.eval(), head)
+        module, _ = load_causal_lm(source, dtype=dtype, device=place)
+    adapters = add_adapters(module, lora, device) if lora.enabled else None
+    if adapters and lora.restore_from is not None:
+        load_adapter(module, adapters, Path(lora.restore_from).expanduser())
+    return _with_head(module.eval(), head), adapters
 
 
 def _with_head(module: PreTrainedModel, head: Head) -> CausalLM | ScalarModel:
@@ -120,6 +153,18 @@ def _with_head(module: PreTrainedModel, head: Head) -> CausalLM | ScalarModel:
         return ScalarModel.wrap(module)
     model = CausalLM.wrap(module)
     return model.with_value_head() if head == "language_and_value" else model
+
+
+def _balance(config: MoEConfig, mesh: Mesh | None) -> Balance | None:
+    if not (config.balance_coefficient or config.bias_update_rate):
+        return None
+    if mesh is not None and mesh.sizes.context > 1:
+        raise ConfigError(
+            "experts are balanced over whole sequences; set policy.dtensor_cfg.context_parallel_size to 1, or "
+            "policy.moe.balance_coefficient and policy.moe.bias_update_rate to 0"
+        )
+    group = None if mesh is None else mesh.sequences["data"].get_group()
+    return Balance(config.balance_coefficient, config.bias_update_rate, group)
 
 
 class PyTorchBackend:
@@ -142,25 +187,30 @@ class PyTorchBackend:
             source: model folder or hub name (`nemo_rl.models.load.resolve_model`).
             tokenizer: saved with every checkpoint and export.
             head: what stands on the trunk.
-            with_reference: keep a frozen copy of the starting weights.
+            with_reference: keep a frozen copy of the starting weights, of those that are trained.
             mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
         self._spread: Spread
-        self.model, self._spread = _load(config, source, head, tokenizer, mesh)
+        self.model, self._adapters, self._spread = _load(config, source, head, tokenizer, mesh)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
         self._config = config
+        self._source = source
         self._tokenizer = tokenizer
+        if config.compile:
+            compile_layers(self.model.trunk)
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
         self._saver = Saver()
-        self._reference = [p.detach().clone() for p in module.parameters()] if with_reference else None
+        self._balance = _balance(config.moe, mesh)
+        self._biases = selection_biases(module) if config.moe.bias_update_rate else {}
+        self._reference = [p.detach().clone() for p in self._trained()] if with_reference else None
         sampling = config.generation if isinstance(config, PolicyConfig) else None
         self._scorer = Scorer(
             self.model,
             temperature=sampling.temperature if sampling else 1.0,
-            chunk_size=config.logprob_chunk_size,
+            chunk_size=config.head_rows(self.model.vocab_size, on_gpu=self.model.device.type == "cuda"),
             share_prefixes=config.share_prefixes,
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,
@@ -172,10 +222,13 @@ class PyTorchBackend:
 
     def train(self, batch: TokenBatch, objective: Objective) -> Metrics:
         """One optimizer step on the whole batch."""
+        max_tokens = self._config.train_mb_tokens
+        dropout = self._adapters.dropout(seed=self._optimizer_steps) if self._adapters else nullcontext()
         try:
-            return train_step(
-                self._scorer, batch, objective, max_tokens=self._config.train_mb_tokens, update=self._update
-            )
+            with dropout:
+                return train_step(
+                    self._scorer, batch, objective, max_tokens=max_tokens, update=self._update, balance=self._balance
+                )
         finally:
             self._optimizer.zero_grad()  # also those of a step that failed halfway
 
@@ -221,26 +274,34 @@ class PyTorchBackend:
         """
         if self._reference is None:
             raise BackendError("no reference weights were kept; set loss_fn.reference_policy_kl_penalty above 0")
-        parameters = list(self.model.module.parameters())
+        parameters = self._trained()
         self._spread.exchange(parameters, self._reference)
         try:
             yield
         finally:
             self._spread.exchange(parameters, self._reference)
 
+    def _trained(self) -> list[nn.Parameter]:
+        """All weights, or the adapters and new heads alone."""
+        return [parameter for parameter in self.model.module.parameters() if parameter.requires_grad]
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks at once."""
-        named = self.model.module.named_parameters()
-        own = ((name, parameter) for name, parameter in named if not name.startswith(VALUE_HEAD))
-        for name, weight in self._spread.stream(own):
+        """Stream the weights that the model computes with, by Hugging Face name, tied ones once; on all ranks."""
+        for name, weight in self._spread.stream(whole_weights(self.model.module)):
             yield name, weight.to(self.precision.weights)
 
+    def named_adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the adapters by PEFT's names, on all ranks at once; nothing without adapters."""
+        if self._adapters:
+            yield from self._spread.stream(adapter_weights(self.model.module))
+
     def _state(self) -> TrainingState:
-        identity = model_identity(self.model.module.config)
-        return TrainingState(self._masters.named, self._optimizer, self._scheduler, identity, self._spread.is_shared)
+        identity = {**model_identity(self.model.module.config), **(self._adapters.identity if self._adapters else {})}
+        weights = {**self._masters.named, **self._biases}
+        return TrainingState(weights, self._optimizer, self._scheduler, identity, self._spread.is_shared)
 
     def save(self, folder: Path, *, in_background: bool = False) -> None:
-        """Write weights, optimizer, schedule and tokenizer; bitwise restored by `load`.
+        """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`.
 
         `in_background`, return as soon as they are copied; the folder is whole once `finish_save` says so.
         """
@@ -257,15 +318,24 @@ class PyTorchBackend:
         self._optimizer_steps = self._scheduler.last_epoch
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it."""
+        """Write a Hugging Face model folder in bfloat16, or float32 if the model computes in it.
+
+        Adapters are added to the weights, and stand in `adapter/` by themselves in PEFT's format.
+        """
+        module, masters = self.model.module, self._masters.named
         dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
-        export_hf(self.model.module, self._tokenizer, folder, dtype, self._masters.named, self._spread)
+        weights = ((name, masters.get(name, weight)) for name, weight in whole_weights(module))
+        export_hf(module, self._tokenizer, folder, dtype, weights, self._spread)
+        adapter = dict(self.named_adapter_weights())
+        if self._adapters and (not self._spread.is_shared or dist.get_rank() == 0):
+            save_adapter(folder / "adapter", adapter, adapter_config(module, self._adapters, self._source))
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, device, precision, and how many optimizer steps were begun."""
         return {
             "model": type(self.model.module).__name__,
             "parameters": self.model.num_parameters,
+            "trained_parameters": sum(parameter.numel() for parameter in self._trained()),
             "device": str(self._scorer.device),
             "precision": self.precision.name,
             "optimizer_steps": self._optimizer_steps,

@@ -11,17 +11,18 @@ A saved folder has the layout of NeMo RL, both parts in the format of torch.dist
 import copy
 import warnings
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, NonNegativeInt, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
@@ -29,7 +30,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl.errors import CheckpointError
-from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.models.load import Identity
 from nemo_rl.training.pytorch.optim import advance
 from nemo_rl.training.pytorch.spread import Alone, Spread
@@ -60,8 +60,8 @@ class TrainingState:
     """All that a training step reads and changes; loading fills these very objects.
 
     Attributes:
-        weights: what the optimizer steps, by name (`MasterWeights.named`).
-        optimizer: over exactly these weights.
+        weights: what the optimizer steps, by name (`MasterWeights.named`), and what else a step changes.
+        optimizer: over weights that have names here.
         scheduler: of that optimizer.
         identity: of the model (`model_identity`).
         is_shared: every rank of the process group has such a state, and all of them save and load together. What is
@@ -107,7 +107,7 @@ def begin_save(
         CheckpointError: the folder cannot be written.
     """
     stager = DefaultStager(StagingOptions(*[False] * 4))  # into plain memory, now: also that of a CPU is copied
-    copied = stager.stage(_parts(state))
+    copied = cast(dict[str, dict[str, Any]], stager.stage(_parts(state)))
     stager.close()
     return _writer(folder, state, tokenizer, copied, group)
 
@@ -148,7 +148,7 @@ def export_hf(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: torch.dtype,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Iterable[tuple[str, Tensor]],
     spread: Spread | None = None,
     max_bytes: int = 50 * 10**9,
 ) -> None:
@@ -157,24 +157,23 @@ def export_hf(
     Of a model that is spread every rank must call this; the first one writes.
 
     Args:
-        model: gives the architecture, and every tensor that `weights` has none of.
+        model: gives the architecture, and what it keeps besides parameters.
         tokenizer: saved beside it.
         folder: made if it is not there.
         dtype: of the floating-point tensors in the files.
-        weights: better ones by name, such as float32 masters.
+        weights: all parameters of this rank by name, tied ones once.
         spread: where the tensors are; None is here.
         max_bytes: of a file.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    unique = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
-    tensors = {**dict(unique.values()), **(weights or {})}  # one name for tied weights, the first
-    named = ((name, tensor) for name, tensor in tensors.items() if not name.startswith(VALUE_HEAD))
+    kept = model.state_dict(keep_vars=True).items()
+    others = ((name, tensor) for name, tensor in kept if not isinstance(tensor, nn.Parameter))
     spread = spread or Alone()
     leads = not spread.is_shared or dist.get_rank() == 0
     exported: dict[str, Tensor] = {}
-    for name, full in spread.stream(named):
+    for name, full in spread.stream(chain(others, weights)):
         if leads:
             exported[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype).contiguous()
     if not leads:

@@ -89,6 +89,10 @@ def convert_checkpoint(
         for name, item in dcp.FileSystemReader(part / "weights").read_metadata().state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata) and not name.startswith(VALUE_HEAD)
     }
+    if any(".lora_A." in name for name in stored):
+        raise CheckpointError(
+            f"the checkpoint {part} holds adapters alone; take the folder hf/ that the run wrote at its end"
+        )
     source = resolve_model(_model_name(config or part.parent / "config.yaml", part.name), cache_dir())
     model = empty_model(source, dtype=getattr(torch, dtype), is_scalar=SCORE in stored)
     _check_model(part, manifest, model, stored)
@@ -156,7 +160,7 @@ def _stream(
 ) -> None:
     """Write what the model's files would hold, one tensor after the other."""
     tensors = named_tensors(model)
-    if missing := sorted(tensors.keys() - stored.keys() - (rest.files.keys() if rest else set())):
+    if missing := sorted(tensors.keys() - stored.keys() - (rest.names if rest else set[str]())):
         raise CheckpointError(f"neither the checkpoint {part} nor the model that the run began with has {missing[0]}")
 
     def read(name: str) -> Tensor:
@@ -186,4 +190,5 @@ def _convert_whole(
     for name, tensor in named_tensors(model).items():
         if name in stored:
             tensor.detach().copy_(_read(part, name, stored[name]))
-    export_hf(model, load_tokenizer(str(part / "tokenizer")), folder, dtype, max_bytes=max_bytes)
+    tokenizer = load_tokenizer(str(part / "tokenizer"))
+    export_hf(model, tokenizer, folder, dtype, model.named_parameters(), max_bytes=max_bytes)

@@ -29,6 +29,7 @@ from nemo_rl.models.precision import Precision
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.models.stream_model import StreamModel
 from nemo_rl.training.pytorch.context import GatheredContext, SplitHidden, UlyssesContext, key_head_repeats
+from nemo_rl.training.pytorch.experts import expert_modules, shard_experts
 from nemo_rl.training.pytorch.pipeline import SPLITS_BACKWARD, Pipeline, keep_stages, tied_embedding
 from nemo_rl.training.pytorch.spread import OverMesh
 from nemo_rl.training.pytorch.tensor_parallel import apply_tensor_parallel, tensor_plan
@@ -78,9 +79,9 @@ class FullySharded:
         return SplitHidden(states, split, self.context)
 
 
-def parallelize[M: (CausalLM, ScalarModel)](
-    model: M, mesh: Mesh, config: DTensorConfig, precision: Precision
-) -> tuple[M, OverMesh]:
+def parallelize(
+    model: CausalLM | ScalarModel, mesh: Mesh, config: DTensorConfig, precision: Precision
+) -> tuple[CausalLM | ScalarModel, OverMesh]:
     """Spread a model over the ranks of a mesh, all of which call this with the same weights.
 
     Args:
@@ -99,6 +100,7 @@ def parallelize[M: (CausalLM, ScalarModel)](
     tied = tied_embedding(model)
     if sizes.pipeline > 1:
         model = keep_stages(model, mesh.pipeline, config.pipeline_schedule, config.pipeline_stages_per_rank)
+    shard_experts(module, mesh.expert)
     if sizes.tensor > 1:
         plan = tensor_plan(module, config.custom_parallel_plan)
         apply_tensor_parallel(model, mesh.tensor, plan, sequence_parallel=config.sequence_parallel)
@@ -141,11 +143,14 @@ def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype |
     reduce_dtype = None if param_dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     settings: Mapping[str, Any] = {"mesh": mesh.weights, "mp_policy": policy}
+    if mesh.sizes.expert > 1:  # the ranks that divide experts hold none of each other's
+        for _, experts in expert_modules(model.module):
+            fully_shard(experts, mesh=mesh.expert_weights, mp_policy=policy)
     for layer in cast(nn.ModuleList, model.trunk.layers):
         if any(True for _ in layer.parameters()):  # not what another stage holds
             fully_shard(layer, **settings)
     module = model.module
-    module.run = MethodType(_call, module)  # pyright: ignore[reportAttributeAccessIssue]
+    module.__dict__["run"] = MethodType(_call, module)
     root = fully_shard(module, **settings, reshard_after_forward=False)
     register_fsdp_forward_method(module, "run")
     for part in module.modules():

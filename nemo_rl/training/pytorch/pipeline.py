@@ -97,7 +97,7 @@ class Stage(nn.Module):
         one, model = self.passes[int(number)], self.model[0]
 
         def run() -> Tensor:
-            with arithmetic(model, self.autocast):
+            with arithmetic(model, self.autocast), one.within():
                 hidden = model.read(one.stream, None if self.is_first else received)
             if not self.is_last:
                 return hidden.states[None].clone()  # torch's schedules detach it in place, which a view forbids
@@ -232,7 +232,9 @@ class Pipeline:
         )
 
 
-def keep_stages[M: (CausalLM, ScalarModel)](model: M, mesh: DeviceMesh, schedule: str, per_rank: int) -> M:
+def keep_stages(
+    model: CausalLM | ScalarModel, mesh: DeviceMesh, schedule: str, per_rank: int
+) -> CausalLM | ScalarModel:
     """Cut a whole model down to what this rank of a pipeline holds; parameters keep their names.
 
     Args:
@@ -279,7 +281,7 @@ def tied_embedding(model: CausalLM | ScalarModel) -> str | None:
     return next(name for name, parameter in model.module.named_parameters() if parameter is embedding.weight)
 
 
-def _without_head[M: (CausalLM, ScalarModel)](model: M) -> M:
+def _without_head(model: CausalLM | ScalarModel) -> CausalLM | ScalarModel:
     """The model without the memory of its head, which another rank holds."""
     head = model.head if isinstance(model, CausalLM) else model.score
     empty = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")

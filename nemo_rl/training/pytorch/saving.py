@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ class Saver:
             save_state(folder, state, tokenizer)
             return
         if state.is_shared and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self._writing = self._thread.submit(begin_save(folder, state, tokenizer, self._group))
 
     def finish(self, *, wait: bool = True) -> bool:

@@ -22,10 +22,12 @@ class Spread(Protocol):
         pipeline: runs the model if its layers are on several ranks.
     """
 
-    is_shared: bool
-    agree: Callable[[int], int] | None
-    pipeline: Pipeline | None
-
+    @property
+    def is_shared(self) -> bool: ...
+    @property
+    def agree(self) -> Callable[[int], int] | None: ...
+    @property
+    def pipeline(self) -> Pipeline | None: ...
     def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
         """Clip the gradients of all ranks to a total norm; returns the norm before."""
         ...

@@ -160,7 +160,7 @@ def _divide_vocabulary(model: PreTrainedModel, mesh: DeviceMesh, sequence_parall
         output = Shard(_TOKENS) if sequence_parallel else Replicate()
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=output))
     elif sequence_parallel and not isinstance(embedding, nn.Identity):
-        embedding.register_forward_hook(lambda _, __, output: scatter_tokens(output, mesh))
+        embedding.register_forward_hook(lambda _, __, output: scatter_tokens(cast(Tensor, output), mesh))
     if isinstance(head, nn.Linear) and (is_plain or not is_tied):
         weight = embedding.weight if is_tied else _divided(head.weight, mesh)
         head.register_parameter("weight", cast(nn.Parameter, weight))
