@@ -221,7 +221,7 @@ class Checkpoints:
             return
         unnamed, self._unnamed = self._unnamed, None
         with _writing(unnamed.folder), unnamed.naming as naming:
-            if not all(part.finish_save(wait=wait) for part in unnamed.parts):
+            if not _finish_all(unnamed.parts, wait=wait):
                 self._unnamed = replace(unnamed, naming=naming.pop_all())
                 return
         self._prune()
@@ -263,6 +263,20 @@ class Checkpoints:
         if value is None or math.isnan(value):
             return -math.inf
         return value if self._config.higher_is_better else -value
+
+
+def _finish_all(parts: Sequence[Trainable], *, wait: bool) -> bool:
+    """Ask every part, also after one has failed: none may still write into a folder that is about to go."""
+    failures: list[Exception] = []
+    done = True
+    for part in parts:
+        try:
+            done &= part.finish_save(wait=wait or bool(failures))
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return done
 
 
 @contextmanager

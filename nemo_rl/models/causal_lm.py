@@ -2,12 +2,11 @@
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from nemo_rl.errors import ModelError
 from nemo_rl.models.local import local_part
@@ -72,7 +71,7 @@ class CausalLM(StreamModel):
         small = nn.Linear(self.head.in_features, 3, bias=False)
         small.weight = nn.Parameter(torch.linspace(-2, 2, 3 * self.head.in_features).reshape(3, -1).cos())
         trunk, stand_in = copy.copy(self.trunk), copy.copy(self.module)
-        trunk.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=cast(Any, hidden))
+        trunk.forward = lambda *_, **__: _GivenStates(hidden)
         stand_in.__dict__["_modules"] = {**dict(self.module.named_children()), names[self.trunk]: trunk}
         stand_in.add_module(names[self.head], small)
         with torch.no_grad():
@@ -113,6 +112,19 @@ class CausalLM(StreamModel):
             with_entropy=with_entropy,
             vocabulary=self.vocabulary,
         )
+
+
+class _GivenStates:
+    """The output of a trunk that computes nothing: hidden states, and None for whatever else some trunk has."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _logit_rule(config: PreTrainedConfig) -> tuple[float, float | None]:

@@ -164,6 +164,31 @@ def test_a_failure_in_the_background_is_raised_at_the_next_save_and_leaves_the_c
     job.checkpoints.finish()
 
 
+def test_after_one_part_has_failed_no_other_is_still_being_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, critic = Job(model, tmp_path, later=True), Job(model, tmp_path / "other", later=True)
+    job.checkpoints.include("value", critic.backend)
+    save, slow = dcp.save, threading.Event()
+
+    def full_or_slow(*args: Any, **kwargs: Any) -> Any:
+        if "value" not in str(kwargs["checkpoint_id"]):
+            raise OSError(28, "No space left on device")
+        assert slow.wait(60)
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp, "save", full_or_slow)
+        job.save()
+        threading.Timer(0.5, slow.set).start()
+        with pytest.raises(CheckpointError, match="No space left"):
+            job.checkpoints.finish()
+    assert critic.backend.finish_save(wait=False) and not list(tmp_path.glob("*step*"))
+    job.save()
+    job.checkpoints.finish()
+    assert (tmp_path / "step_0" / "value" / "checkpoint.json").is_file()
+
+
 @pytest.mark.parametrize(("first", "second"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_run_goes_on_in_another_precision(first: str, second: str, model: Path, tmp_path: Path) -> None:
     job, resumed = (

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
@@ -29,8 +30,15 @@ MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
     "fsdp2-tp-sp": (ParallelSizes(shard=2, tensor=2), {"sequence_parallel": True}),
     "fsdp2-3-tp": (ParallelSizes(shard=3, tensor=2), {}),
     "hsdp": (ParallelSizes(replicate=2, shard=2), {}),
+    "ep": (ParallelSizes(shard=4, expert=2), {}),
     "pp": (ParallelSizes(pipeline=2), {}),
     "pp-fsdp2": (ParallelSizes(pipeline=2, shard=2), {}),
+}
+
+SOURCES: dict[str, Callable[[], PreTrainedModel]] = {
+    "tied": partial(tiny_model, "llama", tie_word_embeddings=True, dtype=torch.bfloat16, **MODEL),
+    "untied": partial(tiny_model, "llama", tie_word_embeddings=False, dtype=torch.bfloat16, **MODEL),
+    "gpt_oss": partial(tiny_model, "gpt_oss", dtype=torch.bfloat16),
 }
 
 
@@ -84,7 +92,7 @@ def load_both_ways(rank: int, name: str, folder: Path, precision: str, head: Hea
     if head != "scalar":
         batch = own_part(rollout_batch(tiny_model("llama")), mesh)
         wrong += ["log-probabilities"] * (not torch.equal(ours.logprobs(batch), theirs.logprobs(batch)))
-    total = sum(parameter.numel() for parameter in tiny_model("llama", **MODEL).parameters())
+    total = sum(parameter.numel() for parameter in SOURCES[folder.name]().parameters())
     return wrong, sum(local_part(parameter).numel() for parameter in left.values()) / total
 
 
@@ -95,30 +103,30 @@ def placed(tensor: Tensor) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
-    for tied in (True, False):
-        model = tiny_model("llama", tie_word_embeddings=tied, dtype=torch.bfloat16, **MODEL)
-        model.save_pretrained(path / str(tied), max_shard_size="20KB")
-        assert len(list((path / str(tied)).glob("*.safetensors"))) > 3
+    for name, make_model in SOURCES.items():
+        make_model().save_pretrained(path / name, max_shard_size="20KB")
+        assert len(list((path / name).glob("*.safetensors"))) > 3
     return path
 
 
 @pytest.mark.parametrize(
-    ("mesh", "tied", "precision", "head"),
+    ("mesh", "source", "precision", "head"),
     [
-        ("fsdp2", True, "float32", "language_and_value"),
-        ("fsdp2", False, "bfloat16", "scalar"),
-        ("tp", False, "float32", "language"),
-        ("fsdp2-tp-sp", True, "float32", "language"),
-        ("fsdp2-3-tp", False, "float32", "language"),
-        ("hsdp", False, "bfloat16", "language"),
-        ("pp", True, "bfloat16", "language"),
-        ("pp-fsdp2", True, "float32", "language"),
+        ("ep", "gpt_oss", "float32", "language"),
+        ("fsdp2", "tied", "float32", "language_and_value"),
+        ("fsdp2", "untied", "bfloat16", "scalar"),
+        ("tp", "untied", "float32", "language"),
+        ("fsdp2-tp-sp", "tied", "float32", "language"),
+        ("fsdp2-3-tp", "untied", "float32", "language"),
+        ("hsdp", "untied", "bfloat16", "language"),
+        ("pp", "tied", "bfloat16", "language"),
+        ("pp-fsdp2", "tied", "float32", "language"),
     ],
 )
 def test_what_a_rank_reads_is_its_part_of_the_whole_model(
-    mesh: str, tied: bool, precision: str, head: Head, folder: Path
+    mesh: str, source: str, precision: str, head: Head, folder: Path
 ) -> None:
-    found = run_ranks(load_both_ways, MESHES[mesh][0].world_size, mesh, folder / str(tied), precision, head)
+    found = run_ranks(load_both_ways, MESHES[mesh][0].world_size, mesh, folder / source, precision, head)
     assert [wrong for wrong, _ in found] == [[]] * len(found)
     assert all(share < 0.8 for _, share in found)
 
