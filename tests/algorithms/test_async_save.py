@@ -261,7 +261,7 @@ def test_killed_at_any_instant_of_a_save_a_run_goes_on_from_the_checkpoint_befor
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nemo_rl.training.pytorch.backend"])
     found: list[int] = []
-    for instant in (1, 3, 6, 12, 20, 40, 60, 70, 80, 100, 1000):
+    for instant in (1, 4, 8, 12, 40, 100, 1000):
         run = tmp_path / str(instant)
         process = context.Process(target=killed_in_its_second_save, args=(model, run, later, instant))
         process.start()
