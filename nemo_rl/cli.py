@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _explain(arguments.key)
         elif arguments.command == "migrate":
             _migrate(arguments.file)
+        elif arguments.command == "convert":
+            _convert(arguments)
         elif arguments.command == "eval":
             return _eval(arguments, [*arguments.overrides, *rest])
         else:
@@ -69,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dry-run", action="store_true", help="show configuration and plan, run nothing")
     evaluate.add_argument("--compare", nargs=2, metavar="FOLDER", help="compare the results in two folders")
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top, e.g. eval.seed=7")
+
+    convert = commands.add_parser("convert", help="write the weights of a checkpoint as a Hugging Face model folder")
+    convert.add_argument("--config", metavar="FILE", help="config.yaml of the run (default: the checkpoint's own)")
+    convert.add_argument("--dcp-ckpt-path", metavar="FOLDER", required=True, help=".../step_N/policy/weights or step_N")
+    convert.add_argument("--hf-ckpt-path", metavar="FOLDER", required=True, help="where to write; must not be there")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="in the files")
+    convert.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file (default: 5GB)")
 
     explain = commands.add_parser("explain", help="type, default and documentation of a setting or section")
     explain.add_argument("key", nargs="?", default="", metavar="KEY", help="e.g. policy.generation.temperature")
@@ -127,6 +136,15 @@ def _eval(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     sys.stdout.write(f"{launch_eval(loaded).block}\n")
     return 0
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from nemo_rl.training.pytorch.convert import byte_count, convert_checkpoint
+
+    config = None if arguments.config is None else Path(arguments.config)
+    max_bytes, folder = byte_count(arguments.max_shard_size), Path(arguments.hf_ckpt_path)
+    kind = convert_checkpoint(Path(arguments.dcp_ckpt_path), folder, config, dtype=arguments.dtype, max_bytes=max_bytes)
+    sys.stdout.write(f"{folder} (loads with transformers.{kind})\n")
 
 
 def _explain(key: str) -> None:

@@ -1,13 +1,14 @@
 """One training job over a mesh and in one process: the same global batch, per-parameter gradients, updated weights."""
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.data.assignment import assign
@@ -70,6 +71,12 @@ def job_batch(job: Job, folder: Path) -> TokenBatch:
     return pairs.with_columns(loss_weights=weights).with_sequence_columns(chosen=torch.tensor([True, False] * 4))
 
 
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Any; to load it takes longer than to train a job."""
+    return AutoTokenizer.from_pretrained(embedded_folder())
+
+
 def own_part(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
     """What a rank is given of a global batch."""
     whole_groups = "chosen" in batch.sequence_columns
@@ -119,8 +126,7 @@ def train(job: Job, folder: Path, mesh: Mesh | None = None, **dtensor: Any) -> T
         **job.settings,
     }
     config = PolicyConfig.model_validate(settings)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
-    backend = Watched(config, str(folder), tokenizer, with_reference=True, mesh=mesh)
+    backend = Watched(config, str(folder), tokenizer(), with_reference=True, mesh=mesh)
     batch = job_batch(job, folder)
     if mesh is not None:
         batch = own_part(batch, mesh)

@@ -127,8 +127,8 @@ def _command_line(settings: list[str], killed_in_save: int | None, stuck_in_save
     save = PyTorchBackend.save
     saves: list[Path] = []
 
-    def save_and_fail(backend: PyTorchBackend, to: Path) -> None:
-        save(backend, to)
+    def save_and_fail(backend: PyTorchBackend, to: Path, *, in_background: bool = False) -> None:
+        save(backend, to, in_background=in_background)
         saves.append(to)
         if len(saves) == killed_in_save:
             os.kill(os.getpid(), signal.SIGKILL)

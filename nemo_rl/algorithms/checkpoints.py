@@ -6,7 +6,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +23,13 @@ _INFO, _LOADER, _POLICY = "training_info.json", "train_dataloader.pt", "policy"
 
 
 class Stateful(Protocol):
-    """Saves itself to a folder and restores itself from one."""
+    """Saves itself to a folder, in the background if asked to, and restores itself from one."""
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path, *, in_background: bool = False) -> None: ...
+    def finish_save(self, *, wait: bool = True) -> bool:
+        """Whether what `save` began is written; raises what it failed with. With `wait`, return when it is."""
+        ...
+
     def load(self, folder: Path) -> None: ...
 
 
@@ -68,6 +73,21 @@ class TrainingInfo:
     num_worse: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Unnamed:
+    """A checkpoint that does not have its name yet.
+
+    Attributes:
+        folder: which it will be.
+        parts: that are being written.
+        naming: closes its `atomic_folder`, which names it.
+    """
+
+    folder: Path
+    parts: Sequence[Trainable]
+    naming: ExitStack
+
+
 class Checkpoints:
     """Reads and writes the checkpoints in the run's folder.
 
@@ -78,6 +98,7 @@ class Checkpoints:
         self._config = config
         self._warned = False
         self._others: dict[str, Trainable] = {}
+        self._unnamed: _Unnamed | None = None
         self.config_yaml = config_yaml
         self.folder = Path(config.checkpoint_dir).expanduser().absolute()
 
@@ -171,23 +192,39 @@ class Checkpoints:
     def save(self, info: TrainingInfo, policy: Trainable, loader: Positioned) -> Path:
         """Write the checkpoint of a step, whole or not at all, then remove what need not be kept.
 
+        With `async_save` it is only begun, and there once `finish` says so; the one before is finished first.
+
         Raises:
-            CheckpointError: it cannot be written; earlier checkpoints are untouched.
+            CheckpointError: it, or the one before, cannot be written; earlier checkpoints are untouched.
         """
-        folder = self.path(info.step)
-        try:
-            with atomic_folder(folder) as work:
-                (work / _INFO).write_text(json.dumps(asdict(replace(info, metrics=_finite(info.metrics))), indent=2))
-                (work / "config.yaml").write_text(self.config_yaml)
-                torch.save(loader.state_dict(), work / _LOADER)
-                for name, part in self._parts(policy).items():
-                    part.save(work / name)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write the checkpoint {folder} ({error}); free space or choose another folder"
-            ) from error
-        self._prune()
+        self.finish()
+        folder, parts, later = self.path(info.step), self._parts(policy), self._config.async_save
+        with _writing(folder), ExitStack() as naming:
+            work = naming.enter_context(atomic_folder(folder))
+            (work / _INFO).write_text(json.dumps(asdict(replace(info, metrics=_finite(info.metrics))), indent=2))
+            (work / "config.yaml").write_text(self.config_yaml)
+            torch.save(loader.state_dict(), work / _LOADER)
+            for name, part in parts.items():
+                part.save(work / name, in_background=later)
+            self._unnamed = _Unnamed(folder, tuple(parts.values()), naming.pop_all())
+        if not later:
+            self.finish()
         return folder
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Give the checkpoint that is being written its name; without `wait`, only if all of it is there already.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        """
+        if self._unnamed is None:
+            return
+        unnamed, self._unnamed = self._unnamed, None
+        with _writing(unnamed.folder), unnamed.naming as naming:
+            if not _finish_all(unnamed.parts, wait=wait):
+                self._unnamed = replace(unnamed, naming=naming.pop_all())
+                return
+        self._prune()
 
     def _parts(self, policy: Trainable) -> dict[str, Trainable]:
         return {_POLICY: policy, **self._others}
@@ -226,6 +263,30 @@ class Checkpoints:
         if value is None or math.isnan(value):
             return -math.inf
         return value if self._config.higher_is_better else -value
+
+
+def _finish_all(parts: Sequence[Trainable], *, wait: bool) -> bool:
+    """Ask every part, also after one has failed: none may still write into a folder that is about to go."""
+    failures: list[Exception] = []
+    done = True
+    for part in parts:
+        try:
+            done &= part.finish_save(wait=wait or bool(failures))
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return done
+
+
+@contextmanager
+def _writing(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {folder} ({error}); free space or choose another folder"
+        ) from error
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from nemo_rl.data.lengths import UNCACHED, LengthCache
 from nemo_rl.data.supervised import Supervision, prepare_examples, prepare_judged, prepare_preferences, prepare_scored
 from nemo_rl.data.types import Chat, Example
 from nemo_rl.objectives.preference import KTOObjective
-from nemo_rl.training.pytorch.backend import Head
+from nemo_rl.training.pytorch.loading import Head
 from nemo_rl.workers.handles import Policy
 from nemo_rl.workers.train import TrainWorker
 

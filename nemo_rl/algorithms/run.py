@@ -109,23 +109,29 @@ class Run:
     ) -> None:
         """After a failure save the last whole step; give Ctrl-C back and close the logs."""
         try:
-            if isinstance(error, Exception) and self._unsaved is not None:
-                self._rescue(self._unsaved, error)
+            if isinstance(error, Exception):
+                self._rescue(error)
         finally:
             if self._handler is not None:
                 signal.signal(signal.SIGINT, self._handler)
             self._logger.close()
 
-    def _rescue(self, whole: WholeStep, failure: Exception) -> None:
+    def _rescue(self, failure: Exception) -> None:
         """Save a step after the next one failed; whatever goes wrong here must not hide that failure."""
+        whole, step = self._unsaved, self.saved_step
         try:
+            self.checkpoints.finish()
+            if whole is None:
+                return
+            step = self.step
             if self.checkpoints.optimizer_steps(whole.policy) != whole.optimizer_steps:
                 raise CheckpointError("the step that failed had begun to change the weights")
             self._save(whole.policy, whole)
+            self.checkpoints.finish()
             goes_on = "" if isinstance(failure, DataError) else ": the same command goes on after it"
             self.console.note(f"step {self.step} is saved{goes_on}")
         except Exception as error:
-            self.console.note(f"step {self.step} cannot be saved: {error}")
+            self.console.note(f"step {step} cannot be saved: {error}")
 
     def _save(self, policy: Trainable, loader: Positioned) -> None:
         self._unsaved = None  # if this fails, so would another try
@@ -225,9 +231,13 @@ class Run:
         if (limits.val_period and step % limits.val_period == 0) or (self._ending and limits.val_at_end):
             self.validate(step, validate)
             self._decide(loader)  # meanwhile Ctrl-C may have come
+        self.checkpoints.finish(wait=False)
         if saving.enabled and (step % saving.save_period == 0 or self._ending):
             self._save(policy, loader)
             self._ending = self._ending or self.interrupted  # nothing is left to finish
+        if saving.enabled and self._ending:
+            with self.phase("save"):
+                self.checkpoints.finish()
 
     def validate(self, step: int, validate: Validate) -> None:
         """Measure the validation set and log it."""

@@ -1,5 +1,6 @@
 """`CausalLM`: a Transformers model as a trunk that runs on streams and a head that scores tokens."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -58,15 +59,31 @@ class CausalLM(StreamModel):
         return replace(self, value_head=value_head)
 
     def _check_head(self) -> None:
-        """Compare the logits of two tokens with the model's own, as some models scale or transform them on the way."""
-        tokens = torch.tensor([[0, 1]], device=self.head.weight.device)
+        """Compare logits of given hidden states with the model's own, as some scale or transform them on the way.
+
+        What the trunk computes does not matter for that, nor does how many rows the head has, so a stand-in of the
+        model has a trunk that gives the hidden states and a small head; it needs no weight of the model.
+        """
+        names = {child: name for name, child in self.module.named_children()}
+        if self.head not in names or self.trunk not in names:
+            raise self._refused()
+        hidden = torch.linspace(-1, 1, 2 * self.head.in_features).reshape(1, 2, -1).sin()
+        small = nn.Linear(self.head.in_features, 3, bias=False)
+        small.weight = nn.Parameter(torch.linspace(-2, 2, 3 * self.head.in_features).reshape(3, -1).cos())
+        trunk, stand_in = copy.copy(self.trunk), copy.copy(self.module)
+        trunk.forward = lambda *_, **__: _GivenStates(hidden)
+        stand_in.__dict__["_modules"] = {**dict(self.module.named_children()), names[self.trunk]: trunk}
+        stand_in.add_module(names[self.head], small)
         with torch.no_grad():
-            expected = self.module(input_ids=tokens, use_cache=False).logits[0].float()
-            got = self.logits(self.trunk(input_ids=tokens, use_cache=False).last_hidden_state[0])
+            expected = stand_in(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits[0].float()
+            got = replace(self, head=small).logits(hidden[0])
         if got.shape != expected.shape or (got - expected).norm() > 1e-2 * expected.norm():
-            raise ModelError(
-                f"{type(self.module).__name__} makes its logits from hidden states in a way of its own; choose another"
-            )
+            raise self._refused()
+
+    def _refused(self) -> ModelError:
+        return ModelError(
+            f"{type(self.module).__name__} makes its logits from hidden states in a way of its own; choose another"
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute whole logits, float32 [S, V], from hidden states [S, H]; for sampling."""
@@ -95,6 +112,19 @@ class CausalLM(StreamModel):
             with_entropy=with_entropy,
             vocabulary=self.vocabulary,
         )
+
+
+class _GivenStates:
+    """The output of a trunk that computes nothing: hidden states, and None for whatever else some trunk has."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _logit_rule(config: PreTrainedConfig) -> tuple[float, float | None]:

@@ -1,11 +1,12 @@
 """Models and tokenizers by name: a packaged one, a local folder or a hub name; one sentence for each way to fail."""
 
 from collections.abc import Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from nemo_rl.errors import ModelError
@@ -171,15 +173,53 @@ def load_scalar_model(
             source, dtype=dtype, num_labels=1, output_loading_info=True
         )
     missing = set(report["missing_keys"])
-    if _SCORE in missing:
-        torch.nn.init.zeros_(model.get_parameter(_SCORE))
-    _check_complete(source, missing - {_SCORE})
+    if SCORE in missing:
+        torch.nn.init.zeros_(model.get_parameter(SCORE))
+    _check_complete(source, missing - {SCORE})
     if pad_token_id is not None:
         model.config.get_text_config().pad_token_id = pad_token_id
     return model.to(device).train(), model.config
 
 
-_SCORE = "score.weight"
+SCORE = "score.weight"
+"""Name of the weight of a scalar model's head."""
+
+
+def empty_model(
+    source: str, *, dtype: torch.dtype, is_scalar: bool = False, pad_token_id: int | None = None
+) -> PreTrainedModel:
+    """Build what `load_causal_lm` or `load_scalar_model` would load, with parameters that have no memory yet.
+
+    Args:
+        source: what `resolve_model` returned.
+        dtype: of the parameters.
+        is_scalar: with a score in place of a language model's head.
+        pad_token_id: of a scalar model, see `load_scalar_model`.
+
+    Returns:
+        The model in evaluation mode; buffers that no file holds are computed, on the CPU.
+
+    Raises:
+        ModelError: there is no configuration, or its architecture has no such form.
+    """
+    kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
+    with _loading(source, "a model with a score" if is_scalar else "a causal language model"):
+        config = AutoConfig.from_pretrained(source, **({"num_labels": 1} if is_scalar else {}))
+        with init_empty_weights(include_buffers=False):
+            model = kind.from_config(config, dtype=dtype)
+    model.tie_weights()
+    if model.can_generate():
+        with suppress(OSError):  # a model need not have one
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    if pad_token_id is not None:
+        model.config.get_text_config().pad_token_id = pad_token_id
+    return model.eval()
+
+
+def is_stored_as_it_is(model: PreTrainedModel) -> bool:
+    """Whether files hold the tensors that the model has, and not such as it splits, joins or renames."""
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    return not quantized and not get_model_conversion_mapping(model, add_legacy=False)
 
 
 @contextmanager

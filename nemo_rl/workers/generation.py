@@ -13,7 +13,7 @@ from nemo_rl.metrics import Metrics
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, load_tokenizer, quiet_libraries
 from nemo_rl.models.precision import precision_of
-from nemo_rl.training.pytorch.backend import choose_device
+from nemo_rl.training.pytorch.loading import choose_device
 
 
 class GenerationWorker:

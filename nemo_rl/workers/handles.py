@@ -32,9 +32,13 @@ class Learner:
         """float32 [N], the value before each loss token."""
         return self._worker.call("values", batch).result()
 
-    def save(self, folder: Path) -> None:
-        """Write the training state."""
-        self._worker.call("save", folder).result()
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
+        """Write the training state; `in_background`, return as soon as it is copied."""
+        self._worker.call("save", folder, in_background=in_background).result()
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        """Whether what `save` began is written, on every rank; raises what it failed with."""
+        return self._worker.call("finish_save", wait=wait).result()
 
     def load(self, folder: Path) -> None:
         """Restore the training state."""

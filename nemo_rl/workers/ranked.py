@@ -26,6 +26,14 @@ class Deal(Protocol):
     def __call__(self, batch: TokenBatch, num_ranks: int, *, whole_groups: bool) -> list[Tensor]: ...
 
 
+_COMBINE: Mapping[str, Callable[[list[Any]], Any]] = {
+    "generation_metrics": merge,
+    "peak_memory_bytes": max,
+    "take_peak_memory": max,
+    "finish_save": all,
+}
+"""How the answers of all ranks become one, where it is not the first one's."""
+
 _BY_TOKENS: Deal = partial(assign, cost=ComputeCost())
 
 
@@ -79,7 +87,7 @@ class RankedWorker:
                 shares = [(share,) for share in _shares(requests, len(self._ranks))]
                 return self._ask(method, shares, kwargs, lambda all: [answer for part in all for answer in part])
             case _:
-                combine = _COMBINED.get(method, _first)
+                combine = _COMBINE.get(method, _first)
                 return self._ask(method, [args] * len(self._ranks), kwargs, combine)
 
     def stop(self) -> None:
@@ -115,14 +123,6 @@ class RankedWorker:
                 f"a rank of {self._name} has failed, and {self._patience:g} s later others still waited for it; they "
                 "were stopped"
             )
-
-
-_COMBINED: Mapping[str, Callable[[list[Any]], Any]] = {
-    "generation_metrics": merge,
-    "peak_memory_bytes": max,
-    "take_peak_memory": max,
-}
-"""How answers of all ranks become one, where the first rank does not answer for all."""
 
 
 def _when_all_done(futures: Sequence[Future], callback: Callable[[], object]) -> None:

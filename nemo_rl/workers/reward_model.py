@@ -14,7 +14,7 @@ from nemo_rl.errors import DataError, ModelError
 from nemo_rl.models.load import load_scalar_model, load_tokenizer, quiet_libraries
 from nemo_rl.models.precision import precision_of
 from nemo_rl.models.scalar_model import ScalarModel
-from nemo_rl.training.pytorch.backend import choose_device
+from nemo_rl.training.pytorch.loading import choose_device
 from nemo_rl.training.step import Scorer, score_tokens
 
 type Conversation = Sequence[Message]

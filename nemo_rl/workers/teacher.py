@@ -11,7 +11,7 @@ from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm, quiet_libraries
 from nemo_rl.models.precision import precision_of
 from nemo_rl.objectives.logprobs import LogitHead
-from nemo_rl.training.pytorch.backend import choose_device
+from nemo_rl.training.pytorch.loading import choose_device
 from nemo_rl.training.step import Scorer
 from nemo_rl.training.teacher import last_hidden, topk_logprobs
 

@@ -15,7 +15,8 @@ from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Metrics
 from nemo_rl.models.load import load_tokenizer, quiet_libraries
 from nemo_rl.objectives.logprobs import LogitHead
-from nemo_rl.training.pytorch.backend import Head, PyTorchBackend, choose_device
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.training.pytorch.loading import Head, choose_device
 
 
 class TrainWorker:
@@ -70,9 +71,13 @@ class TrainWorker:
         """Keep the heads of teachers."""
         self._backend.hold_teachers(heads)
 
-    def save(self, folder: Path) -> None:
-        """Write the training state."""
-        self._backend.save(folder)
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
+        """Write the training state, or begin to."""
+        self._backend.save(folder, in_background=in_background)
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        """Whether the training state is written."""
+        return self._backend.finish_save(wait=wait)
 
     def load(self, folder: Path) -> None:
         """Restore the training state."""

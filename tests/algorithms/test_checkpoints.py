@@ -25,9 +25,12 @@ class Notebook:
     def __init__(self, text: str = "") -> None:
         self.text = text
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
         folder.mkdir()
         (folder / "text").write_text(self.text)
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        return True
 
     def load(self, folder: Path) -> None:
         self.text = (folder / "text").read_text()
@@ -107,7 +110,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoints(tmp_path: Path) -> None:
     class Broken(Notebook):
-        def save(self, folder: Path) -> None:
+        def save(self, folder: Path, *, in_background: bool = False) -> None:
             super().save(folder)
             raise OSError(28, "No space left on device")
 

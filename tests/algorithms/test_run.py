@@ -40,9 +40,12 @@ class Weights:
         self.num_saves = 0
         self._saving = saving
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
         self.num_saves += 1
         self._saving()
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        return True
 
     def load(self, folder: Path) -> None: ...
     def describe(self) -> dict[str, Any]:

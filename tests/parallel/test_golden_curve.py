@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
@@ -19,8 +18,8 @@ from nemo_rl.metrics import Metrics, merge, scalars
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 from ranks import run_ranks
 from tiny_batches import rollout_batch
-from tiny_mesh import OBJECTIVES, own_part, size_keys
-from tiny_models import embedded_folder, tiny_model
+from tiny_mesh import OBJECTIVES, own_part, size_keys, tokenizer
+from tiny_models import tiny_model
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 SIZES = ParallelSizes(shard=2, tensor=2)
@@ -42,7 +41,7 @@ def steps(rank: int, folder: Path) -> tuple[list[Metrics], dict[str, torch.Tenso
         }
     )
     mesh = Mesh(SIZES, torch.device("cpu"))
-    backend = PyTorchBackend(config, str(folder), AutoTokenizer.from_pretrained(embedded_folder()), mesh=mesh)
+    backend = PyTorchBackend(config, str(folder), tokenizer(), mesh=mesh)
     batch = own_part(rollout_batch(tiny_model("llama"), temperature=0.8), mesh)
     metrics = [backend.train(batch, OBJECTIVES["grpo"]) for _ in range(10)]
     return metrics, dict(backend.named_weights())

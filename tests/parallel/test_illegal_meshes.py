@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
 from nemo_rl.errors import ConfigError
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 from ranks import run_ranks
-from tiny_mesh import size_keys
-from tiny_models import embedded_folder, tiny_model
+from tiny_mesh import size_keys, tokenizer
+from tiny_models import tiny_model
 
 CASES: list[tuple[str, ParallelSizes, dict[str, Any], str]] = [
     ("llama", ParallelSizes(tensor=4), {}, "tensor_parallel_size 4 does not divide the model's num_key_value_heads 2"),
@@ -43,7 +42,6 @@ CASES: list[tuple[str, ParallelSizes, dict[str, Any], str]] = [
 
 def refusals(rank: int, folder: Path) -> list[str]:
     del rank
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
     found = []
     for family, sizes, settings, _ in CASES:
         config = PolicyConfig.model_validate(
@@ -59,7 +57,7 @@ def refusals(rank: int, folder: Path) -> list[str]:
             }
         )
         try:
-            PyTorchBackend(config, str(folder / family), tokenizer, mesh=Mesh(sizes, torch.device("cpu")))
+            PyTorchBackend(config, str(folder / family), tokenizer(), mesh=Mesh(sizes, torch.device("cpu")))
             found.append("taken")
         except ConfigError as error:
             found.append(str(error))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
@@ -14,14 +14,21 @@ from nemo_rl.training.pytorch.backend import PyTorchBackend
 from nemo_rl.training.pytorch.shards import whole
 from ranks import run_ranks
 from tiny_batches import rollout_batch
-from tiny_mesh import own_part, size_keys
-from tiny_models import embedded_folder, tiny_model
+from tiny_mesh import MODEL, own_part, size_keys, tokenizer
+from tiny_models import tiny_model
 
 MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
     "one": (ParallelSizes(), {}),
     "fsdp2": (ParallelSizes(shard=2), {}),
     "fsdp2-tp": (ParallelSizes(shard=2, tensor=2), {"sequence_parallel": True}),
-    "hsdp-3": (ParallelSizes(shard=3), {}),
+    "fsdp2-3": (ParallelSizes(shard=3), {}),
+    "hsdp": (ParallelSizes(replicate=2, shard=2), {}),
+    "pp": (ParallelSizes(pipeline=2), {}),
+    "pp-fsdp2": (ParallelSizes(pipeline=2, shard=2), {}),
+    "pp-interleaved": (
+        ParallelSizes(pipeline=2),
+        {"pipeline_schedule": "Interleaved1F1B", "pipeline_stages_per_rank": 2},
+    ),
 }
 
 
@@ -39,7 +46,7 @@ def make(folder: Path, mesh: Mesh | None, settings: dict[str, Any]) -> PyTorchBa
             "dtensor_cfg": settings,
         }
     )
-    return PyTorchBackend(config, str(folder), AutoTokenizer.from_pretrained(embedded_folder()), mesh=mesh)
+    return PyTorchBackend(config, str(folder), tokenizer(), mesh=mesh)
 
 
 def state(backend: PyTorchBackend) -> dict[str, torch.Tensor]:
@@ -74,21 +81,34 @@ def run(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("resharding") / "llama"
-    tiny_model("llama", tie_word_embeddings=True).save_pretrained(path)
+    path = tmp_path_factory.mktemp("resharding")
+    for tied in (True, False):
+        tiny_model("llama", tie_word_embeddings=tied, **MODEL).save_pretrained(path / str(tied))
     return path
 
 
-@pytest.mark.parametrize(("first", "second"), [("fsdp2", "one"), ("one", "fsdp2-tp"), ("fsdp2-tp", "hsdp-3")])
-def test_a_checkpoint_fits_any_mesh(first: str, second: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "tied"),
+    [
+        ("fsdp2", "one", True),
+        ("one", "fsdp2-tp", True),
+        ("fsdp2-tp", "fsdp2-3", True),
+        ("pp", "fsdp2", True),
+        ("one", "pp", False),
+        ("pp-fsdp2", "pp-interleaved", True),
+        ("hsdp", "pp-fsdp2", True),
+    ],
+)
+def test_a_checkpoint_fits_any_mesh(first: str, second: str, tied: bool, folder: Path, tmp_path: Path) -> None:
     saved, exported = tmp_path / "step", tmp_path / "hf"
-    written = run_ranks(run, MESHES[first][0].world_size, first, folder, None, saved, exported)
-    found = run_ranks(run, MESHES[second][0].world_size, second, folder, saved, None, None)
-    for tensors in (*written, *found):
-        assert tensors.keys() == written[0].keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, written[0][name]), name
+    written = run_ranks(run, MESHES[first][0].world_size, first, folder / str(tied), None, saved, exported)
+    found = run_ranks(run, MESHES[second][0].world_size, second, folder / str(tied), saved, None, None)
+    expected = {name: tensor for tensors in written for name, tensor in tensors.items()}
+    for ranks in (written, found):
+        assert set().union(*ranks) == set(expected)  # each pipeline stage has its own
+        for tensors in ranks:
+            assert [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])] == []
     model = AutoModelForCausalLM.from_pretrained(exported)
     assert type(model).__name__ == "LlamaForCausalLM"
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, written[0][name]), name
+    assert {name for name, _ in model.named_parameters()} < expected.keys()
+    assert [name for name, weight in model.named_parameters() if not torch.equal(weight, expected[name])] == []

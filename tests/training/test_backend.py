@@ -16,7 +16,8 @@ from nemo_rl.errors import BackendError, CheckpointError
 from nemo_rl.metrics import Metrics, scalars
 from nemo_rl.objectives.logprobs import Reads, TokenOutputs
 from nemo_rl.objectives.policy import ClippedPolicyObjective
-from nemo_rl.training.pytorch.backend import PyTorchBackend, choose_device
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.training.pytorch.loading import choose_device
 from tiny_batches import plain_logprobs, plain_policy_loss, rollout_batch
 from tiny_models import embedded_folder, tiny_model
 

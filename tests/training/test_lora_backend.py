@@ -20,7 +20,8 @@ from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.load import load_causal_lm
 from nemo_rl.models.quantize import FrozenLinear
 from nemo_rl.objectives.policy import ClippedPolicyObjective
-from nemo_rl.training.pytorch.backend import Head, PyTorchBackend
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.training.pytorch.loading import Head
 from tiny_batches import plain_logprobs, plain_policy_loss, rollout_batch
 from tiny_models import embedded_folder, tiny_model
 

@@ -22,7 +22,8 @@ from nemo_rl.models.load import load_scalar_model
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.policy import ClippedPolicyObjective
 from nemo_rl.objectives.value import ValueObjective
-from nemo_rl.training.pytorch.backend import Head, PyTorchBackend
+from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.training.pytorch.loading import Head
 from tiny_batches import rollout_batch
 from tiny_models import embedded_folder, tiny_config, tiny_model
 

@@ -64,8 +64,11 @@ class PlainRank:
     def describe(self) -> Mapping[str, Any]:
         return {"rank": self._mesh.rank, "most": self._mesh.most(self._mesh.rank)}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
         (folder / str(self._mesh.rank)).touch()
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        return wait or self._mesh.rank == 0
 
     def threads(self) -> tuple[str | None, int]:
         return os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()

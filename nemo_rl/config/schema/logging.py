@@ -82,6 +82,10 @@ class CheckpointingConfig(Section):
     checkpoint_must_save_by: Annotated[str, Field(pattern=r"^\d+:[0-2]?\d:[0-5]?\d:[0-5]?\d$")] | None = None
     """Wall-clock time after the start, as `DD:HH:MM:SS`, at which the run saves and stops; None never does."""
 
+    async_save: bool = False
+    """Copy the training state to host memory and write it while training goes on. A checkpoint gets its name when all
+    of it is written, before the next save and before the end of the run."""
+
     export_hf: bool = True
     """Write a Hugging Face model folder at the end."""
 

@@ -1,10 +1,11 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
+import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,38 +14,32 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from nemo_rl.config.schema.moe import MoEConfig
 from nemo_rl.config.schema.policy import MilestonesConfig, PolicyConfig, SchedulerConfig, TrainedPolicyConfig
 from nemo_rl.data.batch import TokenBatch
 from nemo_rl.distributed.mesh import Mesh
-from nemo_rl.errors import BackendError, ConfigError
+from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
-from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.models.compiled import compile_layers
-from nemo_rl.models.load import load_causal_lm, load_scalar_model, model_identity
-from nemo_rl.models.lora import Adapters, add_adapters, whole_weights
-from nemo_rl.models.peft_format import adapter_config, adapter_weights, load_adapter, save_adapter
+from nemo_rl.models.load import (
+    model_identity,
+)
+from nemo_rl.models.lora import whole_weights
+from nemo_rl.models.peft_format import adapter_config, adapter_weights, save_adapter
 from nemo_rl.models.precision import precision_of
-from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.objectives.logprobs import LogitHead
 from nemo_rl.objectives.truncation import WHOLE, Truncation
-from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state, save_state
-from nemo_rl.training.pytorch.experts import shard_experts
+from nemo_rl.training.pytorch.checkpoint import TrainingState, export_hf, load_state
 from nemo_rl.training.pytorch.host_memory import FrozenWeights, HostRest
+from nemo_rl.training.pytorch.loading import Head, balance_of, load_model
 from nemo_rl.training.pytorch.optim import MasterWeights, advance, build_optimizer, build_scheduler
-from nemo_rl.training.pytorch.parallelize import is_sharded, parallelize
 from nemo_rl.training.pytorch.recompute import recompute_layers
-from nemo_rl.training.pytorch.routing import Balance, selection_biases, use_float32_routers
-from nemo_rl.training.pytorch.spread import Alone, Spread
+from nemo_rl.training.pytorch.routing import selection_biases
+from nemo_rl.training.pytorch.saving import Saver
+from nemo_rl.training.pytorch.spread import Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
 
-
-def choose_device(device: str) -> torch.device:
-    """Turn `policy.device` into a device; `auto` is the GPU when there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+_log = logging.getLogger(__name__)
 
 
 def _stage(link: SchedulerConfig | MilestonesConfig) -> Mapping[str, Any]:
@@ -64,72 +59,6 @@ def build_optimization(
     """
     optimizer = build_optimizer(parameters, config.optimizer.name, config.optimizer.kwargs)
     return optimizer, build_scheduler(optimizer, [_stage(link) for link in config.scheduler])
-
-
-type Head = Literal["language", "language_and_value", "scalar"]
-"""`language`: a policy; `language_and_value`: with a critic on its trunk; `scalar`: a reward model or a critic."""
-
-
-def _load(
-    config: TrainedPolicyConfig, source: str, head: Head, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None
-) -> tuple[CausalLM | ScalarModel, Adapters | None, Spread]:
-    """Load a model without dropout, which has no place in a ratio of probabilities, and spread it over its ranks."""
-    device = choose_device(config.device) if mesh is None else mesh.device
-    precision, lora = precision_of(config.precision, device), config.dtensor_cfg.lora_cfg
-    offload = config.dtensor_cfg.cpu_offload
-    if mesh is None and offload and device.type == "cuda":
-        raise ConfigError("dtensor_cfg.cpu_offload needs ranks that meet, be it one; give the backend a mesh")
-    if mesh is not None and lora.quantize != "none":
-        raise ConfigError("compressed weights are not spread: set lora_cfg.quantize to none, or train in one process")
-    # sharded weights that are trained are their own masters
-    is_master = mesh is not None and is_sharded(mesh, config.dtensor_cfg) and not lora.enabled
-    held, place = torch.float32 if is_master else precision.weights, torch.device("cpu") if offload else device
-    model, adapters = _load_whole(config, source, head, tokenizer, place, held)
-    if balance := _balance(config.moe, mesh):
-        balance.check(model.module, model.takes_plans)
-    if config.moe.float32_routers:
-        use_float32_routers(model.module)
-    if mesh is None:
-        shard_experts(model.module)
-        return model, adapters, Alone()
-    model, spread = parallelize(model, mesh, config.dtensor_cfg, precision)
-    return model, adapters, spread
-
-
-def _load_whole(
-    config: TrainedPolicyConfig,
-    source: str,
-    head: Head,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[CausalLM | ScalarModel, Adapters | None]:
-    lora = config.dtensor_cfg.lora_cfg
-    place = device if lora.quantize == "none" else torch.device("cpu")  # until it is small enough
-    if head == "scalar":
-        padding = cast("int | None", tokenizer.pad_token_id)
-        module, _ = load_scalar_model(source, dtype=dtype, device=place, pad_token_id=padding)
-    else:
-        module, _ = load_causal_lm(source, dtype=dtype, device=place)
-    adapters = add_adapters(module, lora, device) if lora.enabled else None
-    if adapters and lora.restore_from is not None:
-        load_adapter(module, adapters, Path(lora.restore_from).expanduser())
-    if head == "scalar":
-        return ScalarModel.wrap(module.eval()), adapters
-    model = CausalLM.wrap(module.eval())
-    return model.with_value_head() if head == "language_and_value" else model, adapters
-
-
-def _balance(config: MoEConfig, mesh: Mesh | None) -> Balance | None:
-    if not (config.balance_coefficient or config.bias_update_rate):
-        return None
-    if mesh is not None and mesh.sizes.context > 1:
-        raise ConfigError(
-            "experts are balanced over whole sequences; set policy.dtensor_cfg.context_parallel_size to 1, or "
-            "policy.moe.balance_coefficient and policy.moe.bias_update_rate to 0"
-        )
-    group = None if mesh is None else mesh.sequences["data"].get_group()
-    return Balance(config.balance_coefficient, config.bias_update_rate, group)
 
 
 class PyTorchBackend:
@@ -156,7 +85,7 @@ class PyTorchBackend:
             mesh: the ranks that the model is spread over, all of which make a backend; None is this process alone.
         """
         self._spread: Spread
-        self.model, self._adapters, self._spread = _load(config, source, head, tokenizer, mesh)
+        self.model, self._adapters, self._spread = load_model(config, source, head, tokenizer, mesh)
         recompute_layers(self.model.trunk, config.dtensor_cfg.activation_checkpointing)
         module = self.model.module
         self.precision = precision_of(config.precision, self.model.device)
@@ -168,7 +97,8 @@ class PyTorchBackend:
         self._masters = MasterWeights(module)
         self._optimizer, self._scheduler = build_optimization(config, self._masters.parameters)
         self._optimizer_steps = 0
-        self._balance = _balance(config.moe, mesh)
+        self._saver = Saver()
+        self._balance = balance_of(config.moe, mesh)
         self._biases = selection_biases(module) if config.moe.bias_update_rate else {}
         self._rest = HostRest()
         self._reference = self._frozen() if with_reference else None
@@ -286,9 +216,16 @@ class PyTorchBackend:
         weights = {**self._masters.named, **self._biases}
         return TrainingState(weights, self._optimizer, self._scheduler, identity, self._spread.is_shared)
 
-    def save(self, folder: Path) -> None:
-        """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`."""
-        save_state(folder, self._state(), self._tokenizer)
+    def save(self, folder: Path, *, in_background: bool = False) -> None:
+        """Write trained weights, optimizer, schedule and tokenizer; bitwise restored by `load`.
+
+        `in_background`, return as soon as they are copied; the folder is whole once `finish_save` says so.
+        """
+        self._saver.save(folder, self._state(), self._tokenizer, in_background=in_background)
+
+    def finish_save(self, *, wait: bool = True) -> bool:
+        """Whether what `save` began is written; raises what it failed with. With `wait`, return when it is."""
+        return self._saver.finish(wait=wait)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, once, before the first step; the reference weights stay those of the start."""

@@ -11,12 +11,12 @@ A saved folder has the layout of NeMo RL, both parts in the format of torch.dist
 import copy
 import warnings
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,20 +86,30 @@ def save_state(folder: Path, state: TrainingState, tokenizer: PreTrainedTokenize
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    with _failing_as(f"cannot write the checkpoint {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "weights", {name: weight.detach() for name, weight in state.weights.items()}, state)
-        _write(folder / "optimizer", _named_optimizer_state(state), state)
-        if not state.leads:
-            return
-        tokenizer.save_pretrained(folder / "tokenizer")
-        manifest = Manifest(
-            identity=dict(state.identity),
-            optimizer=_kind(state.optimizer),
-            steps=state.scheduler.last_epoch,
-            files={path.relative_to(folder).as_posix(): _checksum(path) for path in _files(folder)},
-        )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    _writer(folder, state, tokenizer, _parts(state))()
+
+
+def begin_save(
+    folder: Path, state: TrainingState, tokenizer: PreTrainedTokenizerBase, group: dist.ProcessGroup | None
+) -> Callable[[], None]:
+    """Copy the training state to host memory, which takes that much again until it is written.
+
+    Args:
+        folder: as of `save_state`.
+        state: free to change once this returns.
+        tokenizer: saved at once.
+        group: of a shared state, all its ranks under gloo, whose collectives must not meet those of training.
+
+    Returns:
+        What writes the rest, for another thread; it raises as `save_state` does.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    stager = DefaultStager(StagingOptions(*[False] * 4))  # into plain memory, now: also that of a CPU is copied
+    copied = cast(dict[str, dict[str, Any]], stager.stage(_parts(state)))
+    stager.close()
+    return _writer(folder, state, tokenizer, copied, group)
 
 
 def load_state(folder: Path, state: TrainingState) -> None:
@@ -139,6 +150,7 @@ def export_hf(
     dtype: torch.dtype,
     weights: Iterable[tuple[str, Tensor]],
     spread: Spread | None = None,
+    max_bytes: int = 50 * 10**9,
 ) -> None:
     """Write a model folder that plain Transformers loads: safetensors, configuration, tokenizer.
 
@@ -151,6 +163,7 @@ def export_hf(
         dtype: of the floating-point tensors in the files.
         weights: all parameters of this rank by name, tied ones once.
         spread: where the tensors are; None is here.
+        max_bytes: of a file.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -166,11 +179,47 @@ def export_hf(
     if not leads:
         return
     with _failing_as(f"cannot write the model folder {folder}"):
-        model.save_pretrained(folder, state_dict=exported)
+        model.save_pretrained(folder, state_dict=exported, max_shard_size=max_bytes)
         config = copy.deepcopy(model.config)
         config.dtype = dtype
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _parts(state: TrainingState) -> dict[str, dict[str, Any]]:
+    """The tensors of a checkpoint by folder and name."""
+    weights = {name: weight.detach() for name, weight in state.weights.items()}
+    return {"weights": weights, "optimizer": _named_optimizer_state(state)}
+
+
+def _writer(
+    folder: Path,
+    state: TrainingState,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Mapping[str, dict[str, Any]],
+    group: dist.ProcessGroup | None = None,
+) -> Callable[[], None]:
+    """Save the tokenizer; returns what writes the tensors, and last of all the manifest of `state` as it is now."""
+    sentence = f"cannot write the checkpoint {folder}"
+    manifest = Manifest(
+        identity=dict(state.identity), optimizer=_kind(state.optimizer), steps=state.scheduler.last_epoch, files={}
+    )
+    with _failing_as(sentence):
+        folder.mkdir(parents=True, exist_ok=True)
+        if state.leads:
+            tokenizer.save_pretrained(folder / "tokenizer")
+
+    def write() -> None:
+        with _failing_as(sentence):
+            for part, tensors in parts.items():
+                with _quietly():
+                    dcp.save(tensors, checkpoint_id=folder / part, process_group=group, no_dist=not state.is_shared)
+            if not state.leads:
+                return
+            files = {path.relative_to(folder).as_posix(): _checksum(path) for path in _files(folder)}
+            (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
+
+    return write
 
 
 def _named_optimizer_state(state: TrainingState) -> dict[str, Any]:
@@ -189,33 +238,52 @@ def _stepped_names(state: TrainingState) -> list[str]:
     return [names[id(weight)] for group in state.optimizer.param_groups for weight in group["params"]]
 
 
-def _verify(folder: Path, state: TrainingState) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint says about itself.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: {MANIFEST}: {said}; resume from another one"
         ) from error
+
+
+def check_files(folder: Path, manifest: Manifest, part: str = "") -> None:
+    """Compare the files of a checkpoint, or of a part of it, with their checksums.
+
+    Raises:
+        CheckpointError: one is damaged or missing.
+    """
+    for name, checksum in manifest.files.items():
+        if name.startswith(part) and (not (folder / name).is_file() or _checksum(folder / name) != checksum):
+            raise CheckpointError(
+                f"the checkpoint file {folder / name} is damaged or missing; resume from an earlier checkpoint"
+            )
+
+
+def _verify(folder: Path, state: TrainingState) -> Manifest:
+    manifest = read_manifest(folder)
     if manifest.identity != dict(state.identity):
         raise CheckpointError(
-            f"the checkpoint {folder} is of another model: it holds {_sentence(manifest.identity)}, this run trains "
-            f"{_sentence(state.identity)}; give the model that it was made from or start in another folder"
+            f"the checkpoint {folder} is of another model: it holds {describe_model(manifest.identity)}, this run "
+            f"trains {describe_model(state.identity)}; give the model that it was made from or start in another folder"
         )
     if manifest.optimizer != _kind(state.optimizer):
         raise CheckpointError(
             f"the checkpoint {folder} was made with {manifest.optimizer} and this run uses "
             f"{_kind(state.optimizer)}; use the same optimizer or start in another folder"
         )
-    for name, checksum in manifest.files.items() if state.leads else ():
-        if not (folder / name).is_file() or _checksum(folder / name) != checksum:
-            raise CheckpointError(
-                f"the checkpoint file {folder / name} is damaged or missing; resume from an earlier checkpoint"
-            )
+    if state.leads:
+        check_files(folder, manifest)
     with _failing_as(f"the checkpoint {folder} is damaged; resume from an earlier one"):
         stored = _metadata(folder / "weights").state_dict_metadata
     held = {name: item.size for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
-    if odd := sorted(set(held.items()) ^ {(n, w.shape) for n, w in state.weights.items()}):
+    if odd := sorted(set(held.items()) ^ _shapes(state)):
         raise CheckpointError(
             f"the checkpoint {folder} and this run train different weights, the first is {odd[0][0]}; "
             f"give the settings that it was made with or start in another folder"
@@ -223,7 +291,18 @@ def _verify(folder: Path, state: TrainingState) -> Manifest:
     return manifest
 
 
-def _sentence(identity: Identity) -> str:
+def _shapes(state: TrainingState) -> set[tuple[str, torch.Size]]:
+    """Names and shapes of the weights of all ranks."""
+    own = {(name, weight.shape) for name, weight in state.weights.items()}
+    if not state.is_shared:
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return set().union(*everyone)
+
+
+def describe_model(identity: Identity) -> str:
+    """Name a model for people."""
     sizes = ", ".join(f"{label} {value}" for label, value in identity.items() if label != "architecture")
     return f"{identity.get('architecture')} ({sizes})"
 
@@ -245,11 +324,6 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _write(folder: Path, tensors: Mapping[str, Any], state: TrainingState) -> None:
-    with _quietly():
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not state.is_shared)
-
-
 def _read(folder: Path, targets: dict[str, Any], state: TrainingState) -> dict[str, Any]:
     """Fill the tensors of `targets` in place."""
     with _quietly():
@@ -258,13 +332,15 @@ def _read(folder: Path, targets: dict[str, Any], state: TrainingState) -> dict[s
 
 
 def _moment_targets(folder: Path, state: TrainingState) -> dict[str, Any]:
-    """New tensors for all that an optimizer's folder holds, those of the shape of a weight spread as the weight is."""
+    """New tensors for what an optimizer's folder holds of these weights, those of their shape spread as they are."""
     targets: dict[str, Any] = {}
     for key, item in _metadata(folder).state_dict_metadata.items():
         weight = state.weights.get(key.removeprefix("state.").rpartition(".")[0])
+        if weight is None:
+            continue  # of another pipeline stage
         if not isinstance(item, TensorStorageMetadata):
             targets[key] = None
-        elif weight is not None and weight.shape == item.size:
+        elif weight.shape == item.size:
             targets[key] = torch.empty_like(weight.detach(), dtype=item.properties.dtype)
         else:
             targets[key] = torch.empty(item.size, dtype=item.properties.dtype)

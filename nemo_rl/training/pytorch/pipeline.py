@@ -124,12 +124,16 @@ class Pipeline:
         self._mesh, self._schedule, self._dtype = mesh, schedule, precision.weights
         self._num_stages = mesh.size() * per_rank
         self._hidden_size = int(model.module.config.get_text_config().hidden_size)
-        self._device, self._parts = model.device, model.runner.parts
+        self._model, self._parts = model, model.runner.parts
         num_layers = len(cast(nn.ModuleList, model.trunk.layers))
         self._stages = [
             Stage(model, i, self._num_stages, layers_of(i, self._num_stages, num_layers), precision.autocast)
             for i in stages_of(mesh.get_local_rank(), mesh.size(), schedule, per_rank)
         ]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.device  # an empty model has none until it is filled
 
     @property
     def holds_both_ends(self) -> bool:
