@@ -98,8 +98,8 @@ class VarlenTree:
 class _Attention(torch.autograd.Function):
     """Gather, kernel and their gradients as one node of the graph.
 
-    Between kernels this short a GPU waits for the host. `varlen_attn` wraps the same two operators in Python ones, which
-    together with a gather of their own take the host about four times as long.
+    Between kernels this short a GPU waits for the host, which PyTorch's `varlen_attn`, a wrapper of the same two
+    operators in Python, keeps busy for longer than all the rest of a layer's attention does.
     """
 
     @staticmethod
