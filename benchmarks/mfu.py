@@ -21,6 +21,7 @@ import gc
 import json
 import statistics
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,10 @@ def make_backend(folder: Path, work: Work, device: str) -> PyTorchBackend:
     return PyTorchBackend(TrainedPolicyConfig.model_validate(settings), str(folder), load_tokenizer(str(folder)))
 
 
-def measure(
+def make_sides(
     backend: PyTorchBackend, batch: TokenBatch, work: Work, options: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Let the sides take turns."""
+) -> dict[str, Callable[[], None]]:
+    """The steps that are compared, all on the weights of one backend."""
     module = backend.model.module
     parts = rows(batch, work.per_micro_batch, options.device)
     layers = [part for part in module.modules() if type(part).__name__.endswith("DecoderLayer")]
@@ -124,7 +125,11 @@ def measure(
         for layer in layers:
             layer._compiled_call_impl = None
 
-    sides = {"by hand": by_hand, "ours": ours} | ({"compiled": ours_compiled} if options.compile else {})
+    return {"by hand": by_hand, "ours": ours} | ({"compiled": ours_compiled} if options.compile else {})
+
+
+def measure(sides: Mapping[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Warm the sides up and let them take turns."""
     for name, run in sides.items():
         first, second = (seconds_of(run, options.device) for _ in range(2))
         print(f"warm-up of {name}: {first:.1f} s, {second:.1f} s", flush=True)
@@ -171,7 +176,7 @@ def main() -> None:
     parser.add_argument("--trl", action="store_true", help="also TRL's SFTTrainer")
     parser.add_argument("--model-scale", type=float, default=1.0, help="1 is Qwen2.5-1.5B (default: %(default)s)")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (default: %(default)s)")
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parse_arguments(parser, repetitions=10)
@@ -186,10 +191,11 @@ def main() -> None:
         flops = flops_per_token(backend.model.module, work.length - 1)
         print(f"{backend.model.num_parameters:,} parameters, {flops / 1e9:.2f} GFLOP a token, {work}", flush=True)
         batch = equal_sequences(work.per_micro_batch * work.micro_batches, work.length, config.vocab_size)
-        found = measure(backend, batch, work, options)
+        sides = make_sides(backend, batch, work, options)
+        found = measure(sides, options)
         report(found, work, flops, options)
         if options.trl:
-            del backend
+            del backend, sides
             gc.collect()
             torch.cuda.empty_cache()
             if times := time_trl(folder, batch, work, options):

@@ -11,16 +11,17 @@ computed tokens; no optimizer. Before anything is timed their gradients are comp
   ceiling is the ratio of computed tokens, less what the head costs both sides: 3.0x at 256/64/8.
 
 On a GPU (`--device cuda`, case `gpu`) the model has the shape of Qwen2.5-0.5B and random weights, time is the GPU's.
+There a micro-batch of so small a model must be large (`--max-tokens`), or both sides wait for the host.
 
 Tokens are random, so responses of a group share nothing but their prompt. `varied` responses have 50 to 100% of the
 longest length. Cases are prompt/response/group x prompts.
 
     uv run --group bench benchmarks/prefix_sharing.py [--cases targets grid] [--dtype float32] [--out FILE]
-    uv run --group bench benchmarks/prefix_sharing.py --device cuda --cases gpu --dtype bfloat16
+    uv run --group bench benchmarks/prefix_sharing.py --device cuda --cases gpu --dtype bfloat16 --max-tokens 16384
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,6 @@ from nemo_rl.objectives.weights import loss_weights
 from nemo_rl.training.step import Scorer, train_step
 
 MODEL = "embedded:SmolLM2-135M-Instruct"
-MAX_TOKENS = 4096
 GRADIENT_LIMIT = 1e-5
 
 
@@ -123,7 +123,7 @@ def make_batch(shape: Shape, vocabulary: int, *, varied: bool) -> TokenBatch:
     )
 
 
-def padded(batch: TokenBatch, prompt: int, device: str) -> list[Rows]:
+def padded(batch: TokenBatch, prompt: int, device: str, max_tokens: int) -> list[Rows]:
     """Pad the rollouts on the device, as many rows to a micro-batch as fit into the budget, at least one."""
     parts: list[Rows] = []
     lengths = batch.lengths.tolist()
@@ -132,7 +132,7 @@ def padded(batch: TokenBatch, prompt: int, device: str) -> list[Rows]:
         pieces = column.split(lengths)
         return nn.utils.rnn.pad_sequence([pieces[i] for i in indices], batch_first=True).to(device)
 
-    for part in torch.arange(len(lengths)).split(max(1, MAX_TOKENS // max(lengths))):
+    for part in torch.arange(len(lengths)).split(max(1, max_tokens // max(lengths))):
         indices = part.tolist()
         parts.append(
             Rows(
@@ -160,10 +160,10 @@ def padded_step(model: PreTrainedModel, parts: list[Rows], prompt: int, *, all_l
         (rows.weights * loss).sum().backward()
 
 
-def our_step(scorer: Scorer, batch: TokenBatch) -> None:
+def our_step(scorer: Scorer, batch: TokenBatch, max_tokens: int) -> None:
     """Leave the gradients of the loss in the model."""
     scorer.model.module.zero_grad()
-    train_step(scorer, batch, ClippedPolicyObjective(on_policy=True), max_tokens=MAX_TOKENS, update=dict)
+    train_step(scorer, batch, ClippedPolicyObjective(on_policy=True), max_tokens=max_tokens, update=dict)
 
 
 def gradients(model: nn.Module) -> Mapping[str, Tensor]:
@@ -177,20 +177,28 @@ def difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> floa
     return (apart / sum(float(gradient.norm()) ** 2 for gradient in theirs.values())) ** 0.5
 
 
-def compare(shape: Shape, plain: PreTrainedModel, scorer: Scorer, repetitions: int, *, varied: bool) -> Comparison:
-    """Check one shape, which warms both sides up, and time it."""
-    batch = make_batch(shape, plain.config.vocab_size, varied=varied)
-    device = plain.device.type
-    parts = padded(batch, shape.prompt, device)
-    sides = {
+def make_sides(
+    shape: Shape, batch: TokenBatch, plain: PreTrainedModel, scorer: Scorer, max_tokens: int
+) -> dict[str, Callable[[], None]]:
+    """The steps that are compared."""
+    parts = padded(batch, shape.prompt, plain.device.type, max_tokens)
+    return {
         "trimmed": lambda: padded_step(plain, parts, shape.prompt, all_logits=False),
         "plain": lambda: padded_step(plain, parts, shape.prompt, all_logits=True),
-        "ours": lambda: our_step(scorer, batch),
+        "ours": lambda: our_step(scorer, batch, max_tokens),
     }
+
+
+def compare(
+    shape: Shape, plain: PreTrainedModel, scorer: Scorer, options: argparse.Namespace, *, varied: bool
+) -> Comparison:
+    """Check one shape, which warms both sides up, and time it."""
+    batch = make_batch(shape, plain.config.vocab_size, varied=varied)
+    sides = make_sides(shape, batch, plain, scorer, options.max_tokens)
     for run in sides.values():
         run()
     apart = difference(gradients(plain), gradients(scorer.model.module))
-    seconds = take_turns(sides, repetitions, device)
+    seconds = take_turns(sides, options.repetitions, plain.device.type)
     trimmed = median_ratio(seconds["trimmed"], seconds["ours"])
     return Comparison(
         name=f"{shape} {'varied' if varied else 'fixed'}",
@@ -220,6 +228,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(SHAPES), default=["targets", "grid"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="budget of a micro-batch (default: %(default)s)")
     options = parse_arguments(parser)
     print_machine()
     disable_progress_bar()
@@ -241,7 +250,7 @@ def main() -> None:
     for case in options.cases:
         for shape in shapes[case]:
             for varied in (False,) if case == "grid" else (False, True):
-                comparison = compare(shape, plain, scorer, options.repetitions, varied=varied)
+                comparison = compare(shape, plain, scorer, options, varied=varied)
                 comparison.print()
                 comparisons.append(comparison)
     worst = max(comparison.extra["gradients differ by"] for comparison in comparisons)

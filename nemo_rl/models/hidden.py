@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nemo_rl.data.transfer import moved
 from nemo_rl.objectives.logprobs import select_hidden
 
 type Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -37,7 +38,7 @@ class WholeHidden:
     states: Tensor
 
     def rows(self, predictor: Tensor) -> Tensor:
-        return select_hidden(self.states, predictor.to(self.states.device))
+        return select_hidden(self.states, moved(predictor, self.states.device))
 
     def scores(self, predictor: Tensor, target: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-        return score(self.rows(predictor), target.to(self.states.device))
+        return score(self.rows(predictor), moved(target, self.states.device))

@@ -1,12 +1,10 @@
 """A whole segment tree in one call of a variable-length attention kernel, where the GPU has one.
 
-PyTorch's `varlen_attn` is FlashAttention-2 over sequences that lie one after the other, causal from the bottom right:
-with fewer queries than keys the last query sees the last key, which is what a branch behind its ancestors needs.
+PyTorch has FlashAttention-2 over sequences that lie one after the other, causal from the bottom right: with fewer
+queries than keys the last query sees the last key, which is what a branch behind its ancestors needs.
 """
 
-import inspect
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -75,47 +73,64 @@ class VarlenTree:
 
         With a `window` above 0 a query sees only the last `window` keys, itself included.
         """
-        if self.kv_index is not None:
-            k, v = (cast(Tensor, _Gather.apply(x, self.kv_index)) for x in (k, v))
-        elif len(k) > self.num_keys:  # those behind are seen from other ranks
+        if self.kv_index is None and len(k) > self.num_keys:  # those behind are seen from other ranks
             k, v = k[: self.num_keys], v[: self.num_keys]
-        return _kernel(
-            q,
-            k,
-            v,
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            max(2, self.longest_q),  # for a single query some versions take a path without a backward pass
-            self.longest_k,
-            scale=scale,
-            window_size=(window - 1 if window else -1, 0),
-        )
+        return cast(Tensor, _Attention.apply(q, k, v, self, scale, window))
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Keys or values in the order in which segments see them: [K, A_kv, D]."""
+        return x if self.kv_index is None else x.index_select(0, self.kv_index)
+
+    def sent_back(self, grad_k: Tensor, grad_v: Tensor, length: int) -> tuple[Tensor, ...]:
+        """Turn gradients [K, A_kv, D] of what is seen into those [S, A_kv, D] of the stream, summed in float32."""
+        if self.kv_index is None:
+            return grad_k, grad_v
+        both = torch.stack((grad_k, grad_v))
+        total = both.new_zeros((2, length, *both.shape[2:]), dtype=torch.float32)
+        return total.index_add_(1, self.kv_index, both.float()).to(both.dtype).unbind()
+
+    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
+        """What both operators of the kernel are told of the tree."""
+        longest_q = max(2, self.longest_q)  # for a single query some versions take a path without a backward pass
+        return self.cu_seqlens_q, self.cu_seqlens_k, longest_q, self.longest_k
 
 
-class _Gather(torch.autograd.Function):
-    """`x.index_select(0, index)`, whose backward adds up in float32 what many branches send to one shared key."""
+class _Attention(torch.autograd.Function):
+    """Gather, kernel and their gradients as one node of the graph.
+
+    Between kernels this short a GPU waits for the host, which PyTorch's `varlen_attn`, a wrapper of the same two
+    operators in Python, keeps busy for longer than all the rest of a layer's attention does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.length = len(x)
-        return x.index_select(0, index)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tree: VarlenTree, scale: float, window: int) -> Tensor:
+        options = {"scale": scale, "window_size_left": window - 1 if window else -1, "window_size_right": 0}
+        output, log_sums, *state, _ = torch.ops.aten._flash_attention_forward(
+            q, tree.seen(k), tree.seen(v), *tree.arguments(), 0.0, not window, False, **options
+        )
+        ctx.save_for_backward(q, k, v, output, log_sums, *state)
+        ctx.tree, ctx.options = tree, options
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (index,) = ctx.saved_tensors
-        total = grad.new_zeros((ctx.length, *grad.shape[1:]), dtype=torch.float32)
-        return total.index_add_(0, index, grad.float()).to(grad.dtype), None
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, *layout: Tensor | int, **options: Any) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # registers its operators on import: only where it is used
-
-    kernel: Callable[..., Any] = varlen_attn
-    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(kernel).parameters:
-        options["enable_gqa"] = True  # older versions share key heads unasked
-    return cast(Tensor, kernel(q, k, v, *layout, **options))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, output, log_sums, *state = ctx.saved_tensors
+        tree: VarlenTree = ctx.tree
+        grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
+            grad,
+            q,
+            tree.seen(k),
+            tree.seen(v),
+            output,
+            log_sums,
+            *tree.arguments(),
+            0.0,
+            ctx.options["window_size_left"] < 0,
+            *state,
+            **ctx.options,
+        )
+        return grad_q, *tree.sent_back(grad_k, grad_v, len(k)), None, None, None
 
 
 @cache
@@ -124,7 +139,7 @@ def _works_on(device: torch.device) -> bool:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
             errors = [_probe(device, window) for window in (0, 3)]
-        except (ImportError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             _log.warning("no variable-length attention kernel on %s, segments run in buckets: %s", device, error)
             return False
     if max(errors) <= _TOLERANCE:

@@ -171,6 +171,8 @@ def _distinct(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
         return stream.predictor, stream.target, None
     num_targets = int(stream.target.max()) + 1
     pairs, place = (stream.predictor * num_targets + stream.target).unique(return_inverse=True)
+    if len(pairs) == len(place):
+        return stream.predictor, stream.target, None
     return pairs // num_targets, pairs % num_targets, place
 
 

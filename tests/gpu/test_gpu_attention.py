@@ -50,10 +50,13 @@ def test_the_kernel_computes_what_buckets_do(
 ) -> None:
     assert varlen._works_on(torch.device("cuda", 0))  # tried before it is watched
     calls: list[Any] = []
-    kernel = varlen._kernel
-    monkeypatch.setattr(
-        varlen, "_kernel", lambda *args, **options: (calls.append(options), kernel(*args, **options))[1]
-    )
+    attend_in_kernel = varlen.VarlenTree.attend
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        return attend_in_kernel(*args, **options)
+
+    monkeypatch.setattr(varlen.VarlenTree, "attend", watched)
     layout = tree(share=share)
     num_tokens = int(layout.cu_seqlens_q[-1])
     generator = torch.Generator("cuda").manual_seed(0)
