@@ -27,7 +27,7 @@ class _Context(Protocol):
     """What the forward pass of the chunked head leaves for its backward pass."""
 
     @property
-    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]: ...
+    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]: ...
     @property
     def needs_input_grad(self) -> tuple[bool, ...]: ...
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
@@ -37,6 +37,8 @@ class _Context(Protocol):
     chunk_size: int
     dtype: torch.dtype
     vocabulary: Vocabulary
+    kept: Tensor | None
+    lowered: Tensor
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -93,7 +95,8 @@ class ChunkedHead(torch.autograd.Function):
         if vocabulary != UNDIVIDED:
             is_own = (column >= 0) & (column < len(weight))
             logprobs, log_sum, entropy = _combined(logprobs, log_sum, entropy, is_own, vocabulary)
-        ctx.save_for_backward(hidden, weight, bias, target, log_sum - lowered, kept if keeps else None)
+        ctx.save_for_backward(hidden, weight, bias, target, log_sum)
+        ctx.kept, ctx.lowered = kept if keeps else None, lowered
         ctx.temperature, ctx.chunk_size, ctx.dtype, ctx.vocabulary = temperature, chunk_size, dtype, vocabulary
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -103,7 +106,10 @@ class ChunkedHead(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: _Context, grad_logprobs: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, log_sum, kept = ctx.saved_tensors
+        hidden, weight, bias, target, log_sum = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # overwritten below; a schedule that splits the backward pass asks twice
+        if kept is not None:
+            log_sum = log_sum - ctx.lowered
         needs_hidden, needs_weight, needs_bias, *_rest = ctx.needs_input_grad
         rows = hidden.to(ctx.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if needs_hidden else None

@@ -1,5 +1,6 @@
 """Loading a model for training: whole or shard by shard, with its head and its adapters, and over its ranks."""
 
+import logging
 from pathlib import Path
 from typing import Literal, cast
 

@@ -161,7 +161,7 @@ def _shard(model: CausalLM | ScalarModel, mesh: Mesh, param_dtype: torch.dtype |
     if mesh.sizes.expert > 1:  # the ranks that divide experts hold none of each other's
         for _, experts in expert_modules(model.module):
             fully_shard(experts, mesh=mesh.expert_weights, **common)
-    settings = {"mesh": mesh.weights, **common}
+    settings: dict[str, Any] = {"mesh": mesh.weights, **common}
     for layer in cast(nn.ModuleList, model.trunk.layers):
         if any(True for _ in layer.parameters()):  # not what another stage holds
             fully_shard(layer, **settings)
