@@ -23,6 +23,10 @@ _BUFFERS = 4
 """A chunk's memory is shared by logits, their exponentials, low-precision copies and the weight's gradient."""
 
 
+_ALIGNED = 64
+"""Columns of a block are a multiple of it: tensor cores take rows that begin at odd addresses at half their speed."""
+
+
 class _Context(Protocol):
     """What the forward pass of the chunked head leaves for its backward pass."""
 
@@ -117,7 +121,8 @@ class ChunkedHead(torch.autograd.Function):
         grad_bias = torch.empty_like(bias) if bias is not None and needs_bias else None
         column, scale = target - ctx.vocabulary.start, (grad_logprobs / ctx.temperature)[:, None]
         kernels = _kernels(hidden.device, ctx.dtype)
-        num_columns = max(1, ctx.chunk_size * len(weight) // max(1, _BUFFERS * len(target)))
+        num_columns = ctx.chunk_size * len(weight) // max(1, _BUFFERS * len(target))
+        num_columns = max(1, num_columns // _ALIGNED * _ALIGNED or num_columns)
         if kept is not None:
             num_columns = max(1, len(weight))
         with torch.autocast(weight.device.type, enabled=False):

@@ -137,7 +137,8 @@ def test_the_reference_is_the_base_model_and_no_second_copy_of_it(make: Make) ->
     assert (trained.logprobs(BATCH) - base)[MASK].abs().max() < 1e-5
     with trained.reference():
         assert torch.equal(trained.logprobs(BATCH), trained.logprobs(BATCH))
-    assert sum(weight.numel() for weight in trained._reference or ()) == trained.describe()["trained_parameters"]
+    assert trained._reference is not None
+    assert sum(weight.numel() for weight in trained._reference._kept) == trained.describe()["trained_parameters"]
     at_start = BATCH.with_columns(reference_logprobs=trained.logprobs(BATCH))
     assert scalars(trained.train(at_start, OBJECTIVE))["reference_kl"] == 0.0
 
