@@ -93,11 +93,13 @@ def test_a_stopped_worker_leaves_nothing_behind(executor: LocalExecutor) -> None
 
 
 _DRIVER = """
+import signal
 import sys
 from plain_worker import Counter
 from nemo_rl.distributed.local import LocalExecutor
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests themselves were started with
     with LocalExecutor() as executor:
         group = executor.start_group(Counter, [{}, {}])
         print(*(worker.call("pid").result() for worker in group), flush=True)

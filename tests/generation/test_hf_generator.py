@@ -25,6 +25,7 @@ from nemo_rl.generation.hf import HFGenerator
 from nemo_rl.metrics import scalars
 from nemo_rl.models.causal_lm import CausalLM
 from nemo_rl.objectives.truncation import WHOLE, Truncation
+from nemo_rl.training.passes import arithmetic
 from nemo_rl.training.step import Scorer, score_tokens
 from tiny_models import embedded_folder, tiny_model
 
@@ -308,7 +309,10 @@ def test_a_model_trains_after_it_has_generated() -> None:
     assert not any(buffer.is_inference() for buffer in model.module.buffers())
     tokens = draw(12, 5)
     batch = TokenBatch(tokens, torch.tensor([0, 12]), torch.tensor([0]), {"loss_mask": torch.arange(12) > 4})
-    outputs, _ = Scorer(model, autocast=torch.bfloat16).score(batch)
+    scorer = Scorer(model, autocast=torch.bfloat16)
+    stream = scorer.stream(batch)
+    with arithmetic(model, torch.bfloat16):
+        outputs = scorer.outputs(model.read(stream), stream, "logprobs")
     outputs.policy_logprobs.sum().backward()
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.module.parameters())
 

@@ -44,7 +44,7 @@ def trained(backend: PyTorchBackend) -> list[Tensor]:
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     """Up to the order in which a GPU adds, which AdamW's first steps make larger."""
-    return all((a - b).norm() <= 0.1 * b.norm() for a, b in zip(one, other, strict=True))
+    return all((a - b).norm() <= 0.2 * b.norm() for a, b in zip(one, other, strict=True))
 
 
 def moments(backend: PyTorchBackend) -> list[Tensor]:

@@ -55,7 +55,9 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_can_be_merged(family:
     assert weights.keys() == dict(plain.named_parameters()).keys()
     merged.load_state_dict(weights, strict=False)  # there may be buffers too
     far = (logits(merged) - logits(plain)).norm()
-    assert (logits(model) - logits(merged)).norm() < (1e-5 if dtype == torch.float32 else 0.1) * far
+    # rounding may send a token to another expert
+    bound = 1e-5 if dtype == torch.float32 else 0.3 if family == "gpt_oss" else 0.1
+    assert (logits(model) - logits(merged)).norm() < bound * far
     assert all(weight.dtype == dtype for _, weight in whole_weights(model))
 
 

@@ -68,7 +68,12 @@ def rank_differences(
     return wrong
 
 
-@pytest.mark.parametrize("name", MESHES)
+ALWAYS = ("fsdp2", "cp", "pp-fsdp2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.nightly) for name in MESHES]
+)
 def test_a_mesh_trains_the_same(name: str, llama: Path) -> None:
     sizes, settings, added = MESHES[name]
     wrong = [

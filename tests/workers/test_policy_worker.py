@@ -35,6 +35,7 @@ def policy_config(model: Path, **generation: Any) -> PolicyConfig:
             "max_total_sequence_length": 32,
             "precision": "float32",
             "device": "cpu",
+            "num_threads": torch.get_num_threads(),  # of the test's thread and of the worker's
             "optimizer": {"kwargs": {"lr": 0.05}},
             "generation": {"backend": "hf", "max_new_tokens": 6, "temperature": 0.9, **generation},
         }
