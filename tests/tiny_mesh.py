@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.data.assignment import assign
@@ -48,6 +48,14 @@ class Job:
 
 MODEL: dict[str, Any] = {"num_hidden_layers": 4}
 """A llama that four pipeline stages can share."""
+
+
+def feed_forward_plan(model: PreTrainedModel) -> dict[str, str]:
+    """A plan of a user's own, which leaves attention whole."""
+    assert model.config.model_type == "llama"
+    block = "model.layers.*.mlp"
+    return {f"{block}.gate_proj": "colwise", f"{block}.up_proj": "colwise", f"{block}.down_proj": "rowwise"}
+
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": SupervisedObjective(),

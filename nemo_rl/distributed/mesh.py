@@ -181,6 +181,10 @@ class Mesh:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
+    def anywhere(self, is_true: bool) -> bool:
+        """Whether something is true on any rank; all of them must ask."""
+        return self.most(int(is_true)) > 0
+
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:

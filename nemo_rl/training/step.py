@@ -49,6 +49,7 @@ class Scorer:
         packing: fills the micro-batches.
         agree: from the number of micro-batches of this rank to the number that every rank runs, a collective call; None
             where no other rank waits.
+        anywhere: whether something is true on any rank, a collective call; None where there is no other.
         pipeline: runs the micro-batches where the layers are on several ranks; None runs them here, one by one.
         autocast: dtype to compute in when the weights are float32, or None.
         truncation: of the sampler.
@@ -62,6 +63,7 @@ class Scorer:
     min_shared: int = 8
     packing: PackingAlgorithm = "first_fit_decreasing"
     agree: Callable[[int], int] | None = None
+    anywhere: Callable[[bool], bool] | None = None
     pipeline: Passes | None = None
     autocast: torch.dtype | None = None
     truncation: Truncation = WHOLE
@@ -219,13 +221,20 @@ def train_step(
     if not scorer.passes.train(_passes(scorer, batch, objective, max_tokens, finish, watch)):
         raise DataError("no token of the batch carries loss; drop such a batch before training on it")
     loss = _sum(losses)
-    if not math.isfinite(loss.value):
-        raise BackendError(f"the loss is {loss.value}; lower the learning rate or look at the rollouts of this step")
+    _check_finite(loss.value, scorer.anywhere)
     updated = update()
     if balance is not None and counts is not None and balance.bias_rate:
         update_biases(scorer.model.module, counts, balance.bias_rate)
     packed = _packed(parts, batch, max_tokens, scorer.min_shared)
     return merge([*parts, *watch.metrics, updated, {"loss": loss}, packed])
+
+
+def _check_finite(loss: float, anywhere: Callable[[bool], bool] | None) -> None:
+    """Raise on every rank if the loss of one is not finite, so that none waits for another."""
+    is_own = not math.isfinite(loss)
+    if is_own if anywhere is None else anywhere(is_own):
+        said = f"the loss is {loss}" if is_own else "the loss of another rank is not finite"
+        raise BackendError(f"{said}; lower the learning rate or look at the rollouts of this step")
 
 
 def evaluate_step(scorer: Scorer, batch: TokenBatch, objective: Objective, *, max_tokens: int) -> Metrics:

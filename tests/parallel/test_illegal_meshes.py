@@ -1,4 +1,4 @@
-"""What a model cannot be divided into is refused with the rule that it breaks, before a step is taken."""
+"""What a model cannot be divided into is refused with the rule that it breaks; a failure of one rank is one of all."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,11 @@ import torch
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
-from nemo_rl.errors import ConfigError
+from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 from ranks import run_ranks
-from tiny_mesh import size_keys, tokenizer
+from tiny_batches import rollout_batch
+from tiny_mesh import OBJECTIVES, own_part, size_keys, tokenizer
 from tiny_models import tiny_model
 
 CASES: list[tuple[str, ParallelSizes, dict[str, Any], str]] = [
@@ -62,6 +63,40 @@ def refusals(rank: int, folder: Path) -> list[str]:
         except ConfigError as error:
             found.append(str(error))
     return found
+
+
+def failure(rank: int, folder: Path) -> str:
+    sizes = ParallelSizes(shard=2)
+    config = PolicyConfig.model_validate(
+        {
+            "model_name": "llama",
+            "train_global_batch_size": 9,
+            "max_total_sequence_length": 64,
+            "precision": "float32",
+            "device": "cpu",
+            "optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}},
+            "generation": {"backend": "hf", "max_new_tokens": 8},
+        }
+    )
+    mesh = Mesh(sizes, torch.device("cpu"))
+    backend = PyTorchBackend(config, str(folder), tokenizer(), mesh=mesh)
+    batch = own_part(rollout_batch(tiny_model("llama")), mesh)
+    before = {name: weight.clone() for name, weight in backend.named_weights()}
+    if rank == 1:
+        batch = batch.with_columns(advantages=batch.token_columns["advantages"] * torch.nan)
+    try:
+        backend.train(batch, OBJECTIVES["grpo"])
+    except BackendError as error:
+        for name, weight in backend.named_weights():
+            assert torch.equal(weight, before[name]), name
+        return str(error)
+    return "nothing"
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    first, second = run_ranks(failure, 2, tmp_path)
+    assert first.startswith("the loss of another rank is not finite") and second.startswith("the loss is nan")
 
 
 def test_the_broken_rule_is_named(tmp_path: Path) -> None:

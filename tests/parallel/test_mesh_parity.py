@@ -40,6 +40,7 @@ MESHES: dict[str, tuple[ParallelSizes, dict[str, Any], float]] = {
     "hsdp": (ParallelSizes(replicate=2, shard=2), {}, 0.51),
     "tp": (ParallelSizes(tensor=2), {}, 0.55),
     "tp-sp": (ParallelSizes(tensor=2), SP, 0.55),
+    "tp-custom": (ParallelSizes(tensor=2), {"custom_parallel_plan": "tiny_mesh:feed_forward_plan"}, 0.8),
     "cp": (ParallelSizes(context=2), {}, 0.51),
     "cp-ulysses": (ParallelSizes(context=2), {"context_parallel_kind": "ulysses"}, 0.51),
     "pp-gpipe": (ParallelSizes(pipeline=2), {"pipeline_schedule": "GPipe"}, 0.6),

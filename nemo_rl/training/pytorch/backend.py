@@ -111,6 +111,7 @@ class PyTorchBackend:
             min_shared=config.min_shared_prefix,
             packing=config.sequence_packing.algorithm,
             agree=self._spread.agree,
+            anywhere=self._spread.anywhere,
             pipeline=self._spread.pipeline,
             autocast=self.precision.autocast,
             truncation=Truncation(sampling.top_p, sampling.top_k or 0, sampling.min_p) if sampling else WHOLE,

@@ -18,7 +18,7 @@ class Spread(Protocol):
 
     Attributes:
         is_shared: several ranks hold them, and all of them take part in every call.
-        agree: see `nemo_rl.training.step.Scorer`.
+        agree, anywhere: see `nemo_rl.training.step.Scorer`.
         pipeline: runs the model if its layers are on several ranks.
     """
 
@@ -26,6 +26,8 @@ class Spread(Protocol):
     def is_shared(self) -> bool: ...
     @property
     def agree(self) -> Callable[[int], int] | None: ...
+    @property
+    def anywhere(self) -> Callable[[bool], bool] | None: ...
     @property
     def pipeline(self) -> Pipeline | None: ...
     def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
@@ -42,6 +44,7 @@ class Alone:
 
     is_shared = False
     agree = None
+    anywhere = None
     pipeline = None
 
     def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
@@ -66,6 +69,7 @@ class OverMesh:
         """
         self.pipeline = pipeline
         self.agree = mesh.most
+        self.anywhere = mesh.anywhere
         self._mesh = mesh
         self._stages = mesh.pipeline.mesh.flatten().tolist()
         self._tied = tied if len(self._stages) > 1 else None
