@@ -170,7 +170,7 @@ def memory_bytes(config: RunConfig, shape: ModelShape) -> dict[str, int]:
         "activations": computed
         * largest
         * shape.activation_elements_per_token(spread.activation_checkpointing)
-        // (spread.context_parallel_size * spread.pipeline_parallel_size),
+        // spread.context_parallel_size,  # a first pipeline stage holds as many micro-batches as there are stages
         "logits of one chunk": (computed + 2 * _FLOAT32) * rows * shape.vocab,
     }
     if isinstance(config, SampledRunConfig) and isinstance(config.policy.generation, HFGenerationConfig):
@@ -208,7 +208,7 @@ def _reference_bytes(config: RunConfig, shape: ModelShape) -> int:
 
 def _optimizer_parts(config: RunConfig) -> tuple[str, ...]:
     """What only an optimizer step reads; the masters of a sharded model are its weights."""
-    return ("optimizer moments",) if config.cluster.num_ranks > 1 else ("optimizer moments", "master weights")
+    return ("optimizer moments",) if _is_sharded(config.policy, config) else ("optimizer moments", "master weights")
 
 
 def _taking_turns(config: RunConfig, parts: dict[str, int]) -> int:
@@ -242,6 +242,8 @@ def _held_bytes(model: ModelConfig, shape: ModelShape, config: RunConfig) -> dic
         return {"weights": stored * shape.parameters}
     adapters = _adapter_parameters(model, shape)
     trained = adapters or shape.parameters
+    if _is_sharded(model, config) and not adapters:
+        stored = _FLOAT32  # such weights are their own masters
     compressed = shape.linear_parameters * _BITS[model.dtensor_cfg.lora_cfg.quantize] // 8
     plain = shape.parameters - (shape.linear_parameters if compressed else 0)
     parts = {
@@ -263,6 +265,12 @@ def _adapter_parameters(model: TrainedPolicyConfig, shape: ModelShape) -> int:
     lora = model.dtensor_cfg.lora_cfg
     adapted = (sizes for name, sizes in shape.linears.items() if lora.enabled and lora.adapts(name))
     return sum(lora.dim * (inputs + outputs) for inputs, outputs in adapted)
+
+
+def _is_sharded(model: TrainedPolicyConfig, config: RunConfig) -> bool:
+    """Whether FSDP holds the weights."""
+    spread = model.dtensor_cfg
+    return config.cluster.num_ranks > spread.pipeline_parallel_size or _rests(config, spread.cpu_offload)
 
 
 def _weight_parts(model: ModelConfig, config: RunConfig) -> int:

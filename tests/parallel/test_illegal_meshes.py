@@ -32,11 +32,12 @@ CASES: list[tuple[str, ParallelSizes, dict[str, Any], str]] = [
         {"custom_parallel_plan": {"model.layers.*.self_attn.q_proj": "diagonal"}},
         "the style 'diagonal'; known are colwise, rowwise",
     ),
+    ("qwen3_next", ParallelSizes(tensor=2, shard=2), {"sequence_parallel": True}, "runs on padded rows, whose length"),
     (
         "llama",
         ParallelSizes(tensor=2, shard=2),
         {"custom_parallel_plan": {"nowhere.*": "colwise"}},
-        "the parallel plan names no module of LlamaForCausalLM",
+        "custom_parallel_plan names 'nowhere.*', and LlamaForCausalLM has no such module",
     ),
 ]
 

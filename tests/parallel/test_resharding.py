@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
+from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.objectives.supervised import SupervisedObjective
 from nemo_rl.training.pytorch.backend import PyTorchBackend
+from nemo_rl.training.pytorch.loading import Head
 from nemo_rl.training.pytorch.shards import whole
 from ranks import run_ranks
 from tiny_batches import rollout_batch
@@ -32,7 +34,7 @@ MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
 }
 
 
-def make(folder: Path, mesh: Mesh | None, settings: dict[str, Any]) -> PyTorchBackend:
+def make(folder: Path, mesh: Mesh | None, settings: dict[str, Any], head: Head = "language") -> PyTorchBackend:
     config = PolicyConfig.model_validate(
         {
             "model_name": str(folder),
@@ -46,7 +48,7 @@ def make(folder: Path, mesh: Mesh | None, settings: dict[str, Any]) -> PyTorchBa
             "dtensor_cfg": settings,
         }
     )
-    return PyTorchBackend(config, str(folder), tokenizer(), mesh=mesh)
+    return PyTorchBackend(config, str(folder), tokenizer(), head=head, mesh=mesh)
 
 
 def state(backend: PyTorchBackend) -> dict[str, torch.Tensor]:
@@ -112,3 +114,22 @@ def test_a_checkpoint_fits_any_mesh(first: str, second: str, tied: bool, folder:
     assert type(model).__name__ == "LlamaForCausalLM"
     assert {name for name, _ in model.named_parameters()} < expected.keys()
     assert [name for name, weight in model.named_parameters() if not torch.equal(weight, expected[name])] == []
+
+
+def critic_of_stages(rank: int, folder: Path, saved: Path) -> list[str]:
+    """Save a critic on a trunk in three stages, of which the last one alone has it."""
+    sizes = ParallelSizes(pipeline=3)
+    backend = make(folder, Mesh(sizes, torch.device("cpu")), size_keys(sizes), head="language_and_value")
+    for name, parameter in backend.model.module.named_parameters():
+        if name.startswith(VALUE_HEAD):
+            parameter.data.fill_(0.5)
+    backend.save(saved)
+    return [name for name, _ in backend.model.module.named_parameters() if name.startswith(VALUE_HEAD)]
+
+
+def test_a_critic_on_a_trunk_in_stages_is_saved_as_the_last_stage_has_it(folder: Path, tmp_path: Path) -> None:
+    held = run_ranks(critic_of_stages, 3, folder / "True", tmp_path / "step")
+    assert held == [[], [], [f"{VALUE_HEAD}.weight"]]
+    alone = make(folder / "True", None, {}, head="language_and_value")
+    alone.load(tmp_path / "step")
+    assert (alone.model.module.get_parameter(f"{VALUE_HEAD}.weight") == 0.5).all()

@@ -243,8 +243,8 @@ class PyTorchBackend:
         module, masters = self.model.module, self._masters.named
         dtype = torch.float32 if self.precision.name == "float32" else torch.bfloat16
         weights = ((name, masters.get(name, weight)) for name, weight in whole_weights(module))
+        adapter = dict(self.named_adapter_weights())  # before anything can fail on the rank that writes
         export_hf(module, self._tokenizer, folder, dtype, weights, self._spread)
-        adapter = dict(self.named_adapter_weights())
         if self._adapters and (not self._spread.is_shared or dist.get_rank() == 0):
             save_adapter(folder / "adapter", adapter, adapter_config(module, self._adapters, self._source))
 
@@ -252,7 +252,7 @@ class PyTorchBackend:
         """Parameters, device, precision, and how many optimizer steps were begun."""
         return {
             "model": type(self.model.module).__name__,
-            "parameters": self.model.num_parameters,
+            "parameters": self._spread.num_parameters or self.model.num_parameters,
             "trained_parameters": sum(parameter.numel() for parameter in self._trained()),
             "device": str(self._scorer.device),
             "precision": self.precision.name,

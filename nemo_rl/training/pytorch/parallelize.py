@@ -105,12 +105,12 @@ def parallelize(
         ConfigError: the model cannot be divided that way.
     """
     sizes, module = mesh.sizes, model.module
-    tied = tied_embedding(model)
+    tied, num_parameters = tied_embedding(model), model.num_parameters
+    plan = tensor_plan(module, config.custom_parallel_plan) if sizes.tensor > 1 else {}
     if sizes.pipeline > 1:
         model = keep_stages(model, mesh.pipeline, config.pipeline_schedule, config.pipeline_stages_per_rank)
     shard_experts(module, mesh.expert)
     if sizes.tensor > 1:
-        plan = tensor_plan(module, config.custom_parallel_plan)
         apply_tensor_parallel(model, mesh.tensor, plan, sequence_parallel=config.sequence_parallel)
         if isinstance(model, CausalLM) and isinstance(model.head.weight, DTensor):
             group, total = mesh.tensor.get_group(), len(model.head.weight)
@@ -131,7 +131,7 @@ def parallelize(
     pipeline = None
     if sizes.pipeline > 1:
         pipeline = Pipeline(model, mesh.pipeline, config.pipeline_schedule, config.pipeline_stages_per_rank, precision)
-    return model, OverMesh(mesh, pipeline, tied)
+    return model, OverMesh(mesh, pipeline, tied, num_parameters)
 
 
 def is_sharded(mesh: Mesh, config: DTensorConfig) -> bool:

@@ -20,7 +20,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from nemo_rl.data.padding import pad_stream
 from nemo_rl.errors import BackendError, ConfigError, NemoRLError
-from nemo_rl.models.causal_lm import CausalLM
+from nemo_rl.models.causal_lm import VALUE_HEAD, CausalLM
 from nemo_rl.models.precision import Precision
 from nemo_rl.models.scalar_model import ScalarModel
 from nemo_rl.training.passes import Pass, arithmetic
@@ -142,6 +142,8 @@ class Pipeline:
 
     def count(self, num_passes: int) -> int:
         """How many micro-batches must be run for the schedule to be possible."""
+        if not num_passes:
+            return 0
         ranks = self._mesh.size()
         least = max(num_passes, self._num_stages)
         return least if self._schedule in ("GPipe", "1F1B") else -(-least // ranks) * ranks
@@ -149,6 +151,8 @@ class Pipeline:
     def train(self, passes: Iterable[Pass]) -> int:
         """Run forward and backward for all of them under the schedule."""
         given, width = self._aligned(passes)
+        if not given:
+            return 0
         if not all(one.trunk_learns for one in given):
             raise BackendError(
                 "a head cannot be trained alone on a trunk in pipeline stages; set policy.dtensor_cfg."
@@ -285,5 +289,7 @@ def _without_head(model: CausalLM | ScalarModel) -> CausalLM | ScalarModel:
         if child is head:
             setattr(model.module, name, nn.Identity())
     if isinstance(model, CausalLM):
-        return replace(model, head=empty)
+        if model.value_head is not None:
+            setattr(model.module, VALUE_HEAD, nn.Identity())
+        return replace(model, head=empty, value_head=None)
     return replace(model, score=empty)

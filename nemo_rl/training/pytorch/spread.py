@@ -20,6 +20,7 @@ class Spread(Protocol):
         is_shared: several ranks hold them, and all of them take part in every call.
         agree, anywhere: see `nemo_rl.training.step.Scorer`.
         pipeline: runs the model if its layers are on several ranks.
+        num_parameters: of the whole model; 0 if this rank can count them.
     """
 
     @property
@@ -30,6 +31,8 @@ class Spread(Protocol):
     def anywhere(self) -> Callable[[bool], bool] | None: ...
     @property
     def pipeline(self) -> Pipeline | None: ...
+    @property
+    def num_parameters(self) -> int: ...
     def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
         """Clip the gradients of all ranks to a total norm; returns the norm before."""
         ...
@@ -45,6 +48,7 @@ class Alone:
     is_shared = False
     agree = None
     anywhere = None
+    num_parameters = 0
     pipeline = None
 
     def clip(self, named: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
@@ -59,17 +63,19 @@ class OverMesh:
 
     is_shared = True
 
-    def __init__(self, mesh: Mesh, pipeline: Pipeline | None, tied: str | None) -> None:
+    def __init__(self, mesh: Mesh, pipeline: Pipeline | None, tied: str | None, num_parameters: int) -> None:
         """Take the mesh.
 
         Args:
             mesh: the ranks.
             pipeline: the stages, if there are several.
+            num_parameters: of the whole model.
             tied: name of an embedding that is the head as well, and that the first and the last stage hold therefore.
         """
         self.pipeline = pipeline
         self.agree = mesh.most
         self.anywhere = mesh.anywhere
+        self.num_parameters = num_parameters
         self._mesh = mesh
         self._stages = mesh.pipeline.mesh.flatten().tolist()
         self._tied = tied if len(self._stages) > 1 else None

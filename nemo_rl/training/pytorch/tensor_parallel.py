@@ -51,6 +51,8 @@ def tensor_plan(model: PreTrainedModel, custom: str | Mapping[str, str] | None) 
         custom = cast(Mapping[str, str], found(model) if callable(found) else found)
         if not isinstance(custom, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError("custom_parallel_plan must be a mapping of names to styles, or a function that makes one")
+    if custom is not None:
+        _check_names(model, custom)
     plan = dict(custom if custom is not None else cast(Mapping[str, str], model.tp_plan or {}))
     plan = {
         name: style
@@ -63,6 +65,20 @@ def tensor_plan(model: PreTrainedModel, custom: str | Mapping[str, str] | None) 
             "or set tensor_parallel_size to 1"
         )
     return plan
+
+
+def _check_names(model: PreTrainedModel, plan: Plan) -> None:
+    names = [name for name, _ in model.named_modules()]
+    unused = [written for written in plan if not any(_pattern(written).fullmatch(name) for name in names)]
+    if unused:
+        raise ConfigError(
+            f"custom_parallel_plan names {unused[0]!r}, and {type(model).__name__} has no such module; its modules are "
+            f"named like {names[-1]!r}"
+        )
+
+
+def _pattern(written: str) -> re.Pattern[str]:
+    return re.compile(re.escape(written).replace(r"\*", r"[^.]+"))
 
 
 def apply_tensor_parallel(stream_model: StreamModel, mesh: DeviceMesh, plan: Plan, *, sequence_parallel: bool) -> None:
@@ -79,6 +95,11 @@ def apply_tensor_parallel(stream_model: StreamModel, mesh: DeviceMesh, plan: Pla
     """
     model, trunk = stream_model.module, stream_model.trunk
     _check_heads(model, mesh.size())
+    if sequence_parallel and not stream_model.takes_plans:
+        raise ConfigError(
+            f"{type(model).__name__} runs on padded rows, whose length ranks cannot divide; set "
+            "policy.dtensor_cfg.sequence_parallel to false"
+        )
     styles = _matched(model, plan)
     blocks = _divided_blocks(trunk, model, styles) if sequence_parallel else {}
     for name, (module, style) in styles.items():
@@ -100,7 +121,7 @@ def _check_heads(model: PreTrainedModel, size: int) -> None:
 
 def _matched(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[nn.Module, str]]:
     """The modules that a plan names, by name; the head is divided with the embedding."""
-    patterns = {name: re.compile(re.escape(name).replace(r"\*", r"[^.]+")) for name in plan}
+    patterns = {name: _pattern(name) for name in plan}
     found: dict[str, tuple[nn.Module, str]] = {}
     unused = set(plan)
     for name, module in model.named_modules():
