@@ -24,8 +24,8 @@ from nemo_rl.training.pytorch.backend import PyTorchBackend
 
 save, saves = PyTorchBackend.save, []
 
-def save_and_die(backend, folder):
-    save(backend, folder)
+def save_and_die(backend, folder, **how):
+    save(backend, folder, **how)
     saves.append(folder)
     if len(saves) == 3:
         os.kill(os.getpid(), signal.SIGKILL)

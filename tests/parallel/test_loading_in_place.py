@@ -17,7 +17,7 @@ from nemo_rl.distributed.mesh import Mesh, ParallelSizes
 from nemo_rl.models.load import load_tokenizer
 from nemo_rl.models.local import local_part
 from nemo_rl.models.weight_files import WeightFiles
-from nemo_rl.training.pytorch import backend as backend_module
+from nemo_rl.training.pytorch import loading as loading_module
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 from nemo_rl.training.pytorch.loading import Head
 from ranks import run_ranks
@@ -79,7 +79,7 @@ def load_both_ways(rank: int, name: str, folder: Path, precision: str, head: Hea
     mesh, wrong = Mesh(sizes, torch.device("cpu")), []
     with pytest.MonkeyPatch.context() as patch:
         for loader in ("load_causal_lm", "load_scalar_model"):
-            patch.setattr(backend_module, loader, None)
+            patch.setattr(loading_module, loader, None)
         ours = make(folder, mesh, settings, precision=precision, head=head)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightFiles, "find", lambda _: None)
