@@ -1,5 +1,6 @@
 """One training job over a mesh and in one process: the same global batch, per-parameter gradients, updated weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -64,9 +65,8 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def job_batch(job: Job, folder: Path) -> TokenBatch:
+def job_batch(job: Job) -> TokenBatch:
     """The global batch: three groups of three answers, or for DPO four pairs; lengths differ."""
-    del folder
     batch = rollout_batch(tiny_model("llama"), temperature=0.8)
     if job.objective != "dpo":
         return batch
@@ -83,6 +83,20 @@ def job_batch(job: Job, folder: Path) -> TokenBatch:
 def tokenizer() -> PreTrainedTokenizerBase:
     """Any; to load it takes longer than to train a job."""
     return AutoTokenizer.from_pretrained(embedded_folder())
+
+
+def policy_config(folder: Path, **settings: Any) -> PolicyConfig:
+    """The `policy` section of a model in a folder: float32 on a CPU, plain SGD with learning rate 1."""
+    defaults: dict[str, Any] = {
+        "model_name": str(folder),
+        "train_global_batch_size": 9,
+        "max_total_sequence_length": 64,
+        "precision": "float32",
+        "device": "cpu",
+        "optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}},
+        "generation": {"backend": "hf", "max_new_tokens": 8},
+    }
+    return PolicyConfig.model_validate(defaults | settings)
 
 
 def own_part(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
@@ -120,22 +134,15 @@ class Trained:
 def train(job: Job, folder: Path, mesh: Mesh | None = None, **dtensor: Any) -> Trained:
     """Train for three steps, on this rank's part of the batch."""
     settings: dict[str, Any] = {
-        "model_name": str(folder),
-        "train_global_batch_size": 9,
-        "max_total_sequence_length": 64,
-        "precision": "float32",
         "max_grad_norm": 0.1,
-        "device": "cpu",
         "train_mb_tokens": job.max_tokens,
         "share_prefixes": job.share_prefixes,
-        "optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}},
         "generation": {"backend": "hf", "max_new_tokens": 8, "temperature": 0.8},
         "dtensor_cfg": dtensor,
-        **job.settings,
     }
-    config = PolicyConfig.model_validate(settings)
+    config = policy_config(folder, **settings | job.settings)
     backend = Watched(config, str(folder), tokenizer(), with_reference=True, mesh=mesh)
-    batch = job_batch(job, folder)
+    batch = job_batch(job)
     if mesh is not None:
         batch = own_part(batch, mesh)
     metrics, grads, logprobs = [], [], []
@@ -172,6 +179,17 @@ def train_rank(
     torch.use_deterministic_algorithms(True)
     mesh = Mesh(sizes, torch.device("cpu"))
     return [train(job, folder, mesh, **size_keys(sizes), **dtensor) for job in jobs]
+
+
+def compare_all(
+    jobs: list[Job], sizes: ParallelSizes, ranks: list[list[Trained]], alone: Callable[[Job], Trained]
+) -> list[str]:
+    """What differs in any of the jobs, of which every rank has trained all."""
+    return [
+        line
+        for number, job in enumerate(jobs)
+        for line in compare(job, sizes, [rank[number] for rank in ranks], alone(job))
+    ]
 
 
 def compare(job: Job, sizes: ParallelSizes, ranks: list[Trained], alone: Trained) -> list[str]:

@@ -1,4 +1,4 @@
-"""One optimizer step: the only place that cuts a batch, runs the model, calls backward, clips and steps.
+"""One optimizer step: a batch is cut, its micro-batches are passed through the model, then the weights are stepped.
 
 A loss is already a sum of `loss_weights * token_loss` over the whole batch, so nothing here divides, and how the batch
 is cut into micro-batches changes nothing but the memory it takes.

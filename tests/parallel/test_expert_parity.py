@@ -7,7 +7,7 @@ import pytest
 
 from nemo_rl.distributed.mesh import ParallelSizes
 from ranks import run_ranks
-from tiny_mesh import Job, Trained, compare, train, train_rank
+from tiny_mesh import Job, Trained, compare_all, train, train_rank
 from tiny_models import tiny_model
 
 JOBS = [
@@ -39,10 +39,6 @@ def alone(job: str, folder: Path) -> Trained:
 def test_divided_experts_train_what_one_process_trains(name: str, mixture: Path) -> None:
     sizes = MESHES[name]
     ranks = run_ranks(train_rank, sizes.world_size, sizes, JOBS, mixture, {})
-    wrong = [
-        line
-        for number, job in enumerate(JOBS)
-        for line in compare(job, sizes, [rank[number] for rank in ranks], alone(str(job), mixture))
-    ]
+    wrong = compare_all(JOBS, sizes, ranks, lambda job: alone(str(job), mixture))
     assert not wrong, "\n".join(wrong[:20])
     assert all(trained.share <= 1.02 / sizes.shard for rank in ranks for trained in rank)

@@ -12,13 +12,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
 from nemo_rl.metrics import Metrics, merge, scalars
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 from ranks import run_ranks
 from tiny_batches import rollout_batch
-from tiny_mesh import OBJECTIVES, own_part, size_keys, tokenizer
+from tiny_mesh import OBJECTIVES, own_part, policy_config, size_keys, tokenizer
 from tiny_models import tiny_model
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -27,18 +26,12 @@ SIZES = ParallelSizes(shard=2, tensor=2)
 
 def steps(rank: int, folder: Path) -> tuple[list[Metrics], dict[str, torch.Tensor]]:
     del rank
-    config = PolicyConfig.model_validate(
-        {
-            "model_name": str(folder),
-            "train_global_batch_size": 9,
-            "max_total_sequence_length": 64,
-            "precision": "float32",
-            "device": "cpu",
-            "train_mb_tokens": 64,
-            "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 3e-3}},
-            "generation": {"backend": "hf", "max_new_tokens": 8, "temperature": 0.8},
-            "dtensor_cfg": {**size_keys(SIZES), "sequence_parallel": True},
-        }
+    config = policy_config(
+        folder,
+        train_mb_tokens=64,
+        optimizer={"name": "torch.optim.AdamW", "kwargs": {"lr": 3e-3}},
+        generation={"backend": "hf", "max_new_tokens": 8, "temperature": 0.8},
+        dtensor_cfg={**size_keys(SIZES), "sequence_parallel": True},
     )
     mesh = Mesh(SIZES, torch.device("cpu"))
     backend = PyTorchBackend(config, str(folder), tokenizer(), mesh=mesh)

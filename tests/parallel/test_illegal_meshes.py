@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
 from nemo_rl.errors import BackendError, ConfigError
 from nemo_rl.training.pytorch.backend import PyTorchBackend
 from ranks import run_ranks
 from tiny_batches import rollout_batch
-from tiny_mesh import OBJECTIVES, own_part, size_keys, tokenizer
+from tiny_mesh import OBJECTIVES, own_part, policy_config, size_keys, tokenizer
 from tiny_models import tiny_model
 
 CASES: list[tuple[str, ParallelSizes, dict[str, Any], str]] = [
@@ -46,18 +45,7 @@ def refusals(rank: int, folder: Path) -> list[str]:
     del rank
     found = []
     for family, sizes, settings, _ in CASES:
-        config = PolicyConfig.model_validate(
-            {
-                "model_name": family,
-                "train_global_batch_size": 1,
-                "max_total_sequence_length": 64,
-                "precision": "float32",
-                "device": "cpu",
-                "optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}},
-                "generation": {"backend": "hf", "max_new_tokens": 8},
-                "dtensor_cfg": {**size_keys(sizes), **settings},
-            }
-        )
+        config = policy_config(folder / family, dtensor_cfg={**size_keys(sizes), **settings})
         try:
             PyTorchBackend(config, str(folder / family), tokenizer(), mesh=Mesh(sizes, torch.device("cpu")))
             found.append("taken")
@@ -68,17 +56,7 @@ def refusals(rank: int, folder: Path) -> list[str]:
 
 def failure(rank: int, folder: Path) -> str:
     sizes = ParallelSizes(shard=2)
-    config = PolicyConfig.model_validate(
-        {
-            "model_name": "llama",
-            "train_global_batch_size": 9,
-            "max_total_sequence_length": 64,
-            "precision": "float32",
-            "device": "cpu",
-            "optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 1.0}},
-            "generation": {"backend": "hf", "max_new_tokens": 8},
-        }
-    )
+    config = policy_config(folder)
     mesh = Mesh(sizes, torch.device("cpu"))
     backend = PyTorchBackend(config, str(folder), tokenizer(), mesh=mesh)
     batch = own_part(rollout_batch(tiny_model("llama")), mesh)

@@ -75,7 +75,7 @@ def bfloat16_rank(rank: int, folder: Path, out: Path) -> dict[str, Tensor]:
     dtypes = {p.dtype: p.requires_grad for p in trained.model.module.parameters()}
     assert dtypes == {torch.bfloat16: False, torch.float32: True}
     assert all(isinstance(p, DTensor) for p in trained.model.module.parameters())
-    batch = job_batch(JOBS[0], folder)
+    batch = job_batch(JOBS[0])
     batch = batch.select([[0, 1, 2], [3, 4, 5, 6, 7, 8]][mesh.rank])
     before = trained.logprobs(batch)
     for _ in range(2):

@@ -14,7 +14,7 @@ import pytest
 
 from nemo_rl.distributed.mesh import ParallelSizes
 from ranks import run_ranks
-from tiny_mesh import MODEL, Job, Trained, compare, train, train_rank
+from tiny_mesh import MODEL, Job, Trained, compare_all, train, train_rank
 from tiny_models import tiny_model
 
 JOBS = [
@@ -79,11 +79,7 @@ def alone(job: str, folder: Path) -> Trained:
 
 def differences(sizes: ParallelSizes, settings: dict[str, Any], jobs: list[Job], folder: Path, share: float) -> str:
     ranks = run_ranks(train_rank, sizes.world_size, sizes, jobs, folder, settings, timeout=600)
-    wrong = [
-        line
-        for number, job in enumerate(jobs)
-        for line in compare(job, sizes, [rank[number] for rank in ranks], alone(str(job), folder))
-    ]
+    wrong = compare_all(jobs, sizes, ranks, lambda job: alone(str(job), folder))
     held = max(trained.share for rank in ranks for trained in rank)
     wrong += [f"a rank holds {held:.2f} of the weights"] * (held > share)
     return "\n".join(wrong[:20])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_rl.config.schema.policy import PolicyConfig
 from nemo_rl.distributed.mesh import Mesh, ParallelSizes
 from nemo_rl.models.causal_lm import VALUE_HEAD
 from nemo_rl.objectives.supervised import SupervisedObjective
@@ -16,7 +15,7 @@ from nemo_rl.training.pytorch.loading import Head
 from nemo_rl.training.pytorch.shards import whole
 from ranks import run_ranks
 from tiny_batches import rollout_batch
-from tiny_mesh import MODEL, own_part, size_keys, tokenizer
+from tiny_mesh import MODEL, own_part, policy_config, size_keys, tokenizer
 from tiny_models import tiny_model
 
 MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
@@ -35,18 +34,11 @@ MESHES: dict[str, tuple[ParallelSizes, dict[str, Any]]] = {
 
 
 def make(folder: Path, mesh: Mesh | None, settings: dict[str, Any], head: Head = "language") -> PyTorchBackend:
-    config = PolicyConfig.model_validate(
-        {
-            "model_name": str(folder),
-            "train_global_batch_size": 9,
-            "max_total_sequence_length": 64,
-            "precision": "float32",
-            "device": "cpu",
-            "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-2}},
-            "scheduler": [{"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"total_iters": 4}}],
-            "generation": {"backend": "hf", "max_new_tokens": 8},
-            "dtensor_cfg": settings,
-        }
+    config = policy_config(
+        folder,
+        optimizer={"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-2}},
+        scheduler=[{"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"total_iters": 4}}],
+        dtensor_cfg=settings,
     )
     return PyTorchBackend(config, str(folder), tokenizer(), head=head, mesh=mesh)
 

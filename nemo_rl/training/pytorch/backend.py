@@ -1,6 +1,5 @@
 """The `pytorch` training backend: any Hugging Face causal language model in one process."""
 
-import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -21,9 +20,7 @@ from nemo_rl.errors import BackendError
 from nemo_rl.interfaces import Objective
 from nemo_rl.metrics import Max, Mean, Metrics
 from nemo_rl.models.compiled import compile_layers
-from nemo_rl.models.load import (
-    model_identity,
-)
+from nemo_rl.models.load import model_identity
 from nemo_rl.models.lora import whole_weights
 from nemo_rl.models.peft_format import adapter_config, adapter_weights, save_adapter
 from nemo_rl.models.precision import precision_of
@@ -38,8 +35,6 @@ from nemo_rl.training.pytorch.routing import selection_biases
 from nemo_rl.training.pytorch.saving import Saver
 from nemo_rl.training.pytorch.spread import Spread
 from nemo_rl.training.step import Scorer, evaluate_step, score_tokens, train_step
-
-_log = logging.getLogger(__name__)
 
 
 def _stage(link: SchedulerConfig | MilestonesConfig) -> Mapping[str, Any]:

@@ -123,16 +123,14 @@ def _matched(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[nn.Module, s
     """The modules that a plan names, by name; the head is divided with the embedding."""
     patterns = {name: _pattern(name) for name in plan}
     found: dict[str, tuple[nn.Module, str]] = {}
-    unused = set(plan)
     for name, module in model.named_modules():
         for written, pattern in patterns.items():
-            if pattern.fullmatch(name):
-                unused.discard(written)
-                if module is not model.get_output_embeddings() and module is not model.get_input_embeddings():
-                    found[name] = (module, plan[written])
+            is_end = module is model.get_output_embeddings() or module is model.get_input_embeddings()
+            if pattern.fullmatch(name) and not is_end:
+                found[name] = (module, plan[written])
     found |= _norms_of_heads(model, found)
     if not found:
-        raise ConfigError(f"the parallel plan names no module of {type(model).__name__}: {sorted(unused)[:3]}")
+        raise ConfigError(f"the parallel plan names no module of {type(model).__name__}: {sorted(plan)[:3]}")
     return found
 
 
